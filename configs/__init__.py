@@ -1,0 +1,1 @@
+"""Configurations, each a file with `get_config()`."""
