@@ -1,0 +1,179 @@
+"""Heatmaps to joint candidates: argmax and sampling by inverse transform (Sec. 3.1).
+
+Heatmaps are (..., J, H, W), row-major: `heatmaps[..., y, x]`. A cell is addressed by its flat
+index `y * W + x`. Coordinates run over [-1, 1): x = 2 (column - W / 2) / W, without a half-cell
+shift, as in the published program.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
+
+
+@flax.struct.dataclass
+class HeatmapSamples:
+    """Joint candidates with their likelihoods.
+
+    Candidates are cells of the heatmap, so 16 bits each hold them exactly; data sets store
+    `uint16` and `float16`, a third of the bytes of coordinates.
+
+    Attributes:
+      cells: (..., S, J) integers, flat cell indices.
+      likelihood: (..., S, J), the raw heatmap height at the candidate's cell.
+    """
+
+    cells: Array
+    likelihood: Array
+
+    @property
+    def xy(self) -> Array:
+        """Coordinates, (..., S, J, 2) float32 in [-1, 1)."""
+        return cell_coordinates(self.cells)
+
+
+def cell_coordinates(cells: Array) -> Array:
+    """Flat cell indices (...) to coordinates (..., 2) = (x, y) in [-1, 1)."""
+    column_row = jnp.stack([cells % HEATMAP_SIZE, cells // HEATMAP_SIZE], axis=-1)
+    return (2.0 / HEATMAP_SIZE) * column_row.astype(jnp.float32) - 1.0
+
+
+def coordinate_cells(xy: Array) -> Array:
+    """The inverse of `cell_coordinates`, to the nearest cell: (..., 2) -> (...) int32."""
+    column_row = jnp.round((xy + 1.0) * (HEATMAP_SIZE / 2)).astype(jnp.int32)
+    column_row = jnp.clip(column_row, 0, HEATMAP_SIZE - 1)
+    return column_row[..., 1] * HEATMAP_SIZE + column_row[..., 0]
+
+
+def check(heatmaps: Array | np.ndarray) -> np.ndarray:
+    """Heatmaps from outside, as float32 on the host.
+
+    Args:
+      heatmaps: (B, 16, 64, 64), MPII joint order.
+
+    Raises:
+      ValueError: for another shape, a type that is not a real number's, or NaN and infinity;
+        the message names the first bad image and joint.
+    """
+    heatmaps = np.asarray(heatmaps)
+    expected = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
+    if heatmaps.ndim != 4 or heatmaps.shape[1:] != expected:
+        hint = " (one image? add a leading axis: heatmaps[None])" * (heatmaps.shape == expected)
+        raise ValueError(f"heatmaps must be (B, 16, 64, 64), not {heatmaps.shape}{hint}")
+    # jnp.issubdtype knows bfloat16 and its like, np.issubdtype does not.
+    if not any(jnp.issubdtype(heatmaps.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"heatmaps must be real numbers, not {heatmaps.dtype}")
+    heatmaps = heatmaps.astype(np.float32)
+    finite = np.isfinite(heatmaps).all(axis=(2, 3))
+    if not finite.all():
+        image, joint = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"heatmaps must be finite: image {image}, joint {joint} holds NaN or infinity"
+        )
+    return heatmaps
+
+
+def argmax_cells(heatmaps: Array) -> Array:
+    """Flat index of each map's highest cell, the first of equals: (..., J) int32."""
+    # By rows first: a maximum is ten times faster to find on a CPU than its place.
+    row = jnp.argmax(jnp.max(heatmaps, axis=-1), axis=-1)
+    best_row = jnp.take_along_axis(heatmaps, row[..., None, None], axis=-2)[..., 0, :]
+    return (row * heatmaps.shape[-1] + jnp.argmax(best_row, axis=-1)).astype(jnp.int32)
+
+
+def argmax(heatmaps: Array) -> HeatmapSamples:
+    """Each map's highest cell as the only candidate (S = 1); its height is not clamped."""
+    cells = argmax_cells(heatmaps)
+    height = jnp.max(heatmaps, axis=(-2, -1))
+    return HeatmapSamples(
+        cells=cells[..., None, :],
+        likelihood=height[..., None, :].astype(jnp.float32),
+    )
+
+
+def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, Array]:
+    """Draws cells of one map with replacement, p proportional to max(height, 0).
+
+    The inverse transform in two stages: the row from the cumulative sums of the rows, the column
+    from the cumulative heights of that row. It takes two uniform numbers a sample.
+
+    Args:
+      key: a random key.
+      heatmap: (H, W). An all-non-positive map is uniform with likelihood 0.
+      num_samples: S.
+
+    Returns:
+      cells (S,) int32 and likelihoods (S,) float32.
+    """
+    heatmap = heatmap.astype(jnp.float32)
+    flat = jnp.all(heatmap <= 0)
+    weight = jnp.where(flat, 1.0, jnp.maximum(heatmap, 0.0))
+    uniform_row, uniform_column = jax.random.uniform(key, (2, num_samples))
+    by_column = _cumulative(weight)
+    by_row = _cumulative(by_column[:, -1])[None]
+    row = _bisect(by_row, jnp.zeros(num_samples, jnp.int32), uniform_row)
+    column = _bisect(by_column, row, uniform_column)
+    cells = row * heatmap.shape[1] + column
+    # Rounding of the sums leads to a cell of weight 0 once in ten million draws.
+    cells = jnp.where(weight[row, column] > 0, cells, argmax_cells(heatmap))
+    likelihood = jnp.where(flat, 0.0, heatmap.reshape(-1)[cells])
+    return cells.astype(jnp.int32), likelihood
+
+
+def _cumulative(weight: Array) -> Array:
+    """Cumulative sums over the last axis, as a product: ten times faster than a scan."""
+    size = weight.shape[-1]
+    return jnp.matmul(weight, jnp.triu(jnp.ones((size, size))), precision="highest")
+
+
+def _bisect(cumulative: Array, row: Array, uniform: Array) -> Array:
+    """Where uniform numbers times the total fall among the cumulative weights of a row.
+
+    Args:
+      cumulative: (R, N), cumulative weights, N a power of two.
+      row: (S,), the row of each sample.
+      uniform: (S,), in [0, 1).
+
+    Returns:
+      (S,) int32: the index whose weight spans the target.
+    """
+    target = uniform * cumulative[row, -1]
+    index, half = jnp.zeros_like(row), cumulative.shape[1] // 2
+    while half:
+        index = jnp.where(cumulative[row, index + half - 1] <= target, index + half, index)
+        half //= 2
+    return index
+
+
+def sample(
+    key: Array, heatmaps: Array, num_samples: int = 32, *, include_argmax: bool = True
+) -> HeatmapSamples:
+    """Draws the joint candidates of one image.
+
+    Args:
+      key: a random key.
+      heatmaps: (J, H, W).
+      num_samples: S, the argmax counted in.
+      include_argmax: whether the first candidate is the argmax (False: "w/o argmax", Table 4).
+
+    Returns:
+      `HeatmapSamples`, (S, J).
+    """
+    num_joints = heatmaps.shape[0]
+    num_drawn = num_samples - include_argmax
+    keys = jax.vmap(lambda joint: jax.random.fold_in(key, joint))(jnp.arange(num_joints))
+    cells, likelihood = jax.vmap(sample_cells, in_axes=(0, 0, None), out_axes=1)(
+        keys, heatmaps, num_drawn
+    )
+    drawn = HeatmapSamples(cells=cells, likelihood=likelihood)
+    if not include_argmax:
+        return drawn
+    best = argmax(heatmaps)
+    # A map without a positive cell says nothing: its argmax must not count either.
+    best = best.replace(likelihood=jnp.where(best.likelihood > 0, best.likelihood, 0.0))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=0), best, drawn)

@@ -1,0 +1,335 @@
+"""The model: configuration to modules, and from heatmaps to poses in millimetres."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax import Array
+
+from diffpose_jax import diffusion, sampling
+from diffpose_jax import heatmaps as heatmaps_lib
+from diffpose_jax.denoiser import Denoiser
+from diffpose_jax.embedding_transformer import EmbeddingTransformer
+from diffpose_jax.heatmaps import HeatmapSamples
+from diffpose_jax.skeleton import H36M_JOINTS, NUM_JOINTS
+
+Params = Mapping[str, Any]
+
+MAX_IMAGES = 64
+"""Images that `Model.sample` works on at a time."""
+
+POSE_SIZE = 3 * (NUM_JOINTS - 1)
+"""Length of a pose vector: 16 joints, without the hip."""
+
+_RIGHT_HIP, _LEFT_HIP = H36M_JOINTS.index("RHip") - 1, H36M_JOINTS.index("LHip") - 1
+
+
+def pose_to_vector(pose_mm: Array, pose_scale: float = 10.0) -> Array:
+    """Poses to the vectors that the diffusion works on.
+
+    Args:
+      pose_mm: (..., 17, 3), millimetres, camera axes with y up.
+      pose_scale: units of the vector per metre.
+
+    Returns:
+      (..., 48): 16 joints without the hip, centred on their mean, axis by axis [x.., y.., z..].
+    """
+    joints = pose_mm[..., 1:, :] * (pose_scale / 1000.0)
+    centred = joints - jnp.mean(joints, axis=-2, keepdims=True)
+    return jnp.swapaxes(centred, -1, -2).reshape(*pose_mm.shape[:-2], POSE_SIZE)
+
+
+def vector_to_pose(vector: Array, pose_scale: float = 10.0) -> Array:
+    """The inverse of `pose_to_vector` for poses whose hip is the midpoint of the two hips.
+
+    Args:
+      vector: (..., 48).
+      pose_scale: units of the vector per metre.
+
+    Returns:
+      (..., 17, 3), millimetres, hip-centred.
+    """
+    joints = jnp.swapaxes(vector.reshape(*vector.shape[:-1], 3, NUM_JOINTS - 1), -1, -2)
+    hip = 0.5 * (joints[..., [_RIGHT_HIP], :] + joints[..., [_LEFT_HIP], :])
+    return (1000.0 / pose_scale) * jnp.concatenate([jnp.zeros_like(hip), joints - hip], axis=-2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiffPose:
+    """The networks and the diffusion process, without parameters: pure functions of arrays.
+
+    Attributes:
+      encoder: candidates -> condition.
+      denoiser: eps(x_t, t, condition).
+      schedule: the noise schedule.
+      pose_scale: units of the pose vector per metre.
+      clip: bound of the predicted x_0, in these units.
+      num_samples: S, candidates per joint.
+      include_argmax: whether the first candidate is the heatmap's argmax.
+      candidates_per_hypothesis: whether each hypothesis draws candidates of its own, and so
+        has a condition of its own, or the hypotheses of an image share one.
+    """
+
+    encoder: EmbeddingTransformer
+    denoiser: Denoiser
+    schedule: diffusion.Schedule
+    pose_scale: float
+    clip: float
+    num_samples: int
+    include_argmax: bool
+    candidates_per_hypothesis: bool
+
+    def init(self, key: Array) -> Params:
+        """Draws parameters: {"encoder": .., "denoiser": ..}, float32."""
+        encoder_key, denoiser_key = jax.random.split(key)
+        shape = (self.num_samples, heatmaps_lib.NUM_HEATMAPS)
+        samples = HeatmapSamples(jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+        condition, encoder = self.encoder.init_with_output(encoder_key, samples)
+
+        def both(denoiser: Denoiser, condition: Array) -> Array:
+            x_t, t = jnp.zeros(POSE_SIZE), jnp.zeros((), jnp.int32)
+            return denoiser(x_t, t, denoiser.project_condition(condition))
+
+        denoiser = self.denoiser.init(denoiser_key, condition, method=both)
+        return {"encoder": encoder["params"], "denoiser": denoiser["params"]}
+
+    def draw_candidates(self, key: Array, heatmaps: Array) -> HeatmapSamples:
+        """Draws the candidates of one image: heatmaps (16, 64, 64) -> S x 16 candidates."""
+        return heatmaps_lib.sample(
+            key, heatmaps, self.num_samples, include_argmax=self.include_argmax
+        )
+
+    def condition(
+        self, params: Params, samples: HeatmapSamples, dropout_key: Array | None = None
+    ) -> Array:
+        """Candidates (..., S, 16) to conditions (..., C); with a key, as in training."""
+        return self.encoder.apply(
+            {"params": params["encoder"]},
+            samples,
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+        )
+
+    def project_condition(self, params: Params, condition: Array) -> Array:
+        """What the denoiser makes of a condition, once for all steps: (..., C) -> (..., W)."""
+        return self.denoiser.apply(
+            {"params": params["denoiser"]}, condition, method=Denoiser.project_condition
+        )
+
+    def denoise(self, params: Params, x_t: Array, t: Array, projected: Array) -> Array:
+        """Predicts the noise: x_t (..., 48), t (...), projected (..., W) -> (..., 48)."""
+        return self.denoiser.apply({"params": params["denoiser"]}, x_t, t, projected)
+
+    def loss(
+        self, params: Params, key: Array, samples: HeatmapSamples, x_0: Array, num_draws: int = 1
+    ) -> Array:
+        """Training loss of one image.
+
+        Args:
+          params: parameters.
+          key: a random key, for dropout, times and noise.
+          samples: candidates, (S, 16).
+          x_0: (48,), the pose vector.
+          num_draws: how many times and noises to draw under the one condition.
+
+        Returns:
+          The mean squared error of the predicted noise, a scalar.
+        """
+        dropout_key, noise_key = jax.random.split(key)
+        condition = self.condition(params, samples, dropout_key)
+        projected = self.project_condition(params, condition)[None]
+        t, noise = diffusion.draw_time_and_noise(noise_key, self.schedule, (num_draws, POSE_SIZE))
+        return diffusion.noise_prediction_loss(
+            lambda x_t, t: self.denoise(params, x_t, t, projected),
+            self.schedule,
+            jnp.tile(x_0, (num_draws, 1)),
+            t,
+            noise,
+        )
+
+    @functools.partial(jax.jit, static_argnames=("self", "num_hypotheses"))
+    def sample(self, params: Params, key: Array, heatmaps: Array, num_hypotheses: int) -> Array:
+        """Draws hypotheses: heatmaps (B, 16, 64, 64) float32 -> (B, M, 17, 3) millimetres."""
+        keys = sampling.image_keys(key, heatmaps)
+
+        def projected_conditions(key: Array, heatmaps: Array) -> Array:
+            """(W,), or (M, W) if each hypothesis draws its own candidates."""
+
+            def projected(key: Array) -> Array:
+                samples = self.draw_candidates(key, heatmaps)
+                return self.project_condition(params, self.condition(params, samples))
+
+            if not self.candidates_per_hypothesis:
+                return projected(key)
+            indices = jnp.arange(num_hypotheses)
+            return jax.vmap(lambda m: projected(jax.random.fold_in(key, m)))(indices)
+
+        def hypotheses(inputs: tuple[Array, Array]) -> Array:
+            key, projected = inputs
+            return sampling.sample_hypotheses(
+                key,
+                functools.partial(self.denoise, params),
+                projected,
+                self.schedule,
+                size=POSE_SIZE,
+                num_hypotheses=num_hypotheses,
+                clip=self.clip,
+            )
+
+        candidate_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        if self.candidates_per_hypothesis:
+            # One image at a time: its M conditions need the memory of M images.
+            projected = jax.lax.map(
+                lambda inputs: projected_conditions(*inputs), (candidate_keys, heatmaps)
+            )
+        else:
+            projected = jax.vmap(projected_conditions)(candidate_keys, heatmaps)
+        vectors = jax.lax.map(
+            hypotheses, (noise_keys, projected), batch_size=_images_per_pass(num_hypotheses)
+        )
+        return vector_to_pose(vectors, self.pose_scale)
+
+
+def _images_per_pass(num_hypotheses: int) -> int:
+    """Images whose hypotheses are denoised together.
+
+    On a CPU the activations of one image fit the cache and those of many do not; other
+    devices want work for all of their cores.
+    """
+    poses = 200 if jax.default_backend() == "cpu" else 64 * 200
+    return max(1, poses // num_hypotheses)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model, ready to sample: what `diffpose_jax.load` returns.
+
+    Attributes:
+      network: the networks and the diffusion process.
+      params: their parameters.
+      config: the whole configuration that the model was trained with.
+    """
+
+    network: DiffPose
+    params: Params
+    config: ml_collections.ConfigDict
+
+    def sample(self, key: Array, heatmaps: Array | np.ndarray, num_hypotheses: int = 200) -> Array:
+        """Draws poses from the distribution that the heatmaps imply.
+
+        The hypotheses of an image depend on the key and its heatmaps, not on the rest of the
+        batch; the same key gives the same hypotheses, and more of them keep the first ones.
+
+        Args:
+          key: a random key (`jax.random.key(seed)`).
+          heatmaps: (B, 16, 64, 64), MPII joint order, as the detector gives them. A map
+            without a positive cell counts as unknown: uniform, with likelihood 0.
+          num_hypotheses: M.
+
+        Returns:
+          (B, M, 17, 3), millimetres, Human3.6M joint order, hip-centred camera axes with y up.
+
+        Raises:
+          ValueError: for heatmaps of another shape or type or with NaN, and for M < 1.
+        """
+        checked = heatmaps_lib.check(heatmaps)
+        if num_hypotheses < 1:
+            raise ValueError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
+        if len(checked) == 0:
+            return jnp.zeros((0, num_hypotheses, NUM_JOINTS, 3))
+        # Chunks of one shape: bounded memory and a single compilation, and the same hypotheses,
+        # since those of an image do not depend on the images beside it.
+        chunk = min(len(checked), MAX_IMAGES)
+        poses_mm = [
+            self.network.sample(
+                self.params,
+                key,
+                jnp.asarray(np.resize(part, (chunk, *part.shape[1:]))),
+                num_hypotheses,
+            )[: len(part)]
+            for part in np.split(checked, range(chunk, len(checked), chunk))
+        ]
+        return jnp.concatenate(poses_mm)
+
+
+def build(
+    *,
+    num_samples: int,
+    include_argmax: bool,
+    candidates: str,
+    coordinates: str,
+    likelihood_scaling: bool,
+    num_kernels: int,
+    cross_spatial: bool,
+    joint_dropout: float,
+    encoder_layers: int,
+    encoder_heads: int,
+    encoder_feed_forward: int,
+    encoder_dropout: float,
+    condition_size: int,
+    denoiser_width: int,
+    denoiser_blocks: int,
+    diffusion_steps: int,
+    schedule_offset: float,
+    max_beta: float,
+    pose_scale: float,
+    clip: float,
+    matmul_dtype: str,
+) -> DiffPose:
+    """Builds the modules from the fields of `config.model`, documented in `configs/h36m.py`.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+    if num_samples < 1:
+        raise ValueError(f"config.model.num_samples must be at least 1, not {num_samples}")
+    if num_kernels < 2:
+        raise ValueError(f"config.model.num_kernels must be at least 2, not {num_kernels}")
+    if encoder_heads < 1 or 2 * num_kernels % encoder_heads:
+        raise ValueError(
+            f"config.model: {encoder_heads} encoder_heads do not divide 2 num_kernels"
+            f" = {2 * num_kernels}"
+        )
+    dtype = _choice(
+        "matmul_dtype", matmul_dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    )
+    return DiffPose(
+        encoder=EmbeddingTransformer(
+            num_kernels=num_kernels,
+            condition_size=condition_size,
+            num_layers=encoder_layers,
+            num_heads=encoder_heads,
+            feed_forward=encoder_feed_forward,
+            dropout=encoder_dropout,
+            joint_dropout=joint_dropout,
+            likelihood_scaling=likelihood_scaling,
+            cross_spatial=cross_spatial,
+            standardise=_choice("coordinates", coordinates, {"image": False, "standardised": True}),
+            dtype=dtype,
+        ),
+        denoiser=Denoiser(
+            pose_size=POSE_SIZE, width=denoiser_width, num_blocks=denoiser_blocks, dtype=dtype
+        ),
+        schedule=diffusion.cosine_schedule(diffusion_steps, schedule_offset, max_beta),
+        pose_scale=pose_scale,
+        clip=clip,
+        num_samples=num_samples,
+        include_argmax=include_argmax,
+        candidates_per_hypothesis=_choice(
+            "candidates", candidates, {"per_image": False, "per_hypothesis": True}
+        ),
+    )
+
+
+def _choice(field: str, word: str, choices: dict[str, Any]) -> Any:
+    """What the word in a field stands for."""
+    if word not in choices:
+        raise ValueError(f"config.model.{field} must be one of {', '.join(choices)}, not {word!r}")
+    return choices[word]
