@@ -1,0 +1,306 @@
+"""A simulated 2D detector: joint positions in, heatmaps that fail as detectors' heatmaps fail out.
+
+A heatmap is a sum of R axis-aligned Gaussian blobs, each (amplitude, x, y, sigma_x, sigma_y) in
+heatmap cells, so that a data set stores 16 x R x 5 numbers instead of 16 x 64 x 64 and a batch is
+rendered by one batched matrix product. The blobs of a joint are
+
+* the main mode near the joint: 2 cells wide and about 0.9 high as in a network trained on
+  Gaussian targets of that size; wider, lower and further off for joints hidden behind the body;
+  low and flat at the border for joints outside the crop; nearly gone for missed joints;
+* a mode on the mirrored joint (arms or legs are confused together, above all seen from behind),
+  one on a neighbour along the skeleton, one on clutter;
+* very wide and faint background of either sign.
+
+Errors of one image share its quality, so that some images are bad in many joints. What is real
+here is the geometry (who is hidden, what is cut off); the rest imitates HRNet's output and is
+calibrated on two figures: about 6.4 % of the frames have a joint whose fitted Gaussian is wider
+than 5 px (the published share in Human3.6M's test set), and the error of the argmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffpose_jax.skeleton import (
+    HEATMAP_SIZE,
+    MPII_BONES,
+    MPII_JOINTS,
+    MPII_MIRROR,
+    MPII_TO_H36M,
+    NUM_HEATMAPS,
+)
+
+NUM_BLOBS = 7
+"""R: main, mirrored, neighbour, clutter, and three of background."""
+
+_BASE_ERROR = np.array(
+    # Ankle, knee, hip of the right, then of the left leg; pelvis, spine, thorax, head;
+    # wrist, elbow, shoulder of the right, then shoulder, elbow, wrist of the left arm.
+    [1.1, 0.8, 0.8, 0.8, 0.8, 1.1, 0.7, 0.8, 0.6, 0.6, 1.2, 0.9, 0.7, 0.7, 0.9, 1.2]
+)
+"""Relative localisation error of the 16 joints: limbs' ends are harder than the trunk."""
+
+_ARMS = np.array([name[1:] in ("Wrist", "Elbow", "Shoulder") for name in MPII_JOINTS])
+_LEGS = np.array([name[1:] in ("Ankle", "Knee", "Hip") for name in MPII_JOINTS])
+
+# Parts of the body that can hide a joint: two MPII joints and a radius in mm.
+_BODY_PARTS: tuple[tuple[str, str, float], ...] = (
+    ("Pelvis", "Thorax", 120.0), ("RHip", "LHip", 90.0), ("RShoulder", "LShoulder", 70.0),
+    ("Thorax", "Head", 85.0),
+    ("RShoulder", "RElbow", 45.0), ("RElbow", "RWrist", 38.0),
+    ("LShoulder", "LElbow", 45.0), ("LElbow", "LWrist", 38.0),
+    ("RHip", "RKnee", 70.0), ("RKnee", "RAnkle", 50.0),
+    ("LHip", "LKnee", 70.0), ("LKnee", "LAnkle", 50.0),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatorConfig:
+    """Parameters of the simulated detector. Lengths are heatmap cells, chances lie in [0, 1].
+
+    Attributes:
+        quality_std: Spread (log) of an image's quality factor, which multiplies all errors and
+            chances of failure in it.
+        error: Scale of the localisation error of a visible joint of average difficulty.
+        error_tail: Degrees of freedom of the error's Student distribution: small is heavy-tailed.
+        amplitude: Typical height of a visible joint's mode.
+        amplitude_std: Spread of that height.
+        sigma: Typical width of a visible joint's mode.
+        sigma_std: Spread (log) of the width, separately on both axes.
+        occlusion_margin_mm: How much nearer to the camera than a joint the axis of a body part
+            must be to hide it.
+        hidden_unsure: Chance that a hidden joint is not localised as well as a visible one.
+        hidden_error: Factor on the error of such a joint.
+        hidden_spread: Mean of the exponentially distributed widening of its mode: the width is
+            multiplied by 1 + widening, the height falls accordingly.
+        cut_amplitude: Mean height of the low flat mode of a joint outside the crop.
+        missed: Chance that a visible joint is missed: nothing but an almost flat map.
+        missed_hidden: The same for an unsure hidden joint.
+        confusion: Chance that the detector confuses the two arms, or the two legs, of a person
+            seen from the front.
+        confusion_behind: The same for a person seen from behind; in between it is interpolated.
+        neighbour: Chance of a second mode on a neighbouring joint.
+        neighbour_hidden: The same for an unsure hidden joint.
+        clutter: Chance of a second mode anywhere.
+        clutter_hidden: The same for an unsure hidden joint.
+        second_amplitude: Mean height of a neighbour's or clutter's mode relative to `amplitude`.
+        background: Standard deviation of the amplitudes of the background blobs.
+    """
+
+    quality_std: float = 0.35
+    error: float = 0.55
+    error_tail: float = 4.0
+    amplitude: float = 0.9
+    amplitude_std: float = 0.07
+    sigma: float = 2.05
+    sigma_std: float = 0.08
+    occlusion_margin_mm: float = 80.0
+    hidden_unsure: float = 0.5
+    hidden_error: float = 2.5
+    hidden_spread: float = 0.25
+    cut_amplitude: float = 0.12
+    missed: float = 0.0005
+    missed_hidden: float = 0.006
+    confusion: float = 0.02
+    confusion_behind: float = 0.1
+    neighbour: float = 0.01
+    neighbour_hidden: float = 0.1
+    clutter: float = 0.01
+    clutter_hidden: float = 0.06
+    second_amplitude: float = 0.35
+    background: float = 0.003
+
+
+class Detections(NamedTuple):
+    """What the simulated detector gives for a batch.
+
+    Attributes:
+        blobs: (B, 16, R, 5) float32, see `render`; MPII order.
+        hidden: (B, 16), whether the joint lies behind another part of the body.
+    """
+
+    blobs: np.ndarray
+    hidden: np.ndarray
+
+
+def render(blobs: Any, xp: ModuleType = np) -> Any:
+    """Renders heatmaps from blobs.
+
+    Args:
+        blobs: (..., R, 5): amplitude, x, y, sigma_x, sigma_y, in heatmap cells.
+        xp: `numpy`, or `jax.numpy` to render on the device.
+
+    Returns:
+        (..., 64, 64), row = y, column = x: the sum over the R blobs of
+        amplitude exp(-(column - x)^2 / 2 sigma_x^2 - (row - y)^2 / 2 sigma_y^2).
+    """
+    cells = xp.arange(HEATMAP_SIZE, dtype=blobs.dtype)
+    cells = cells.reshape((1,) * blobs.ndim + (HEATMAP_SIZE,))
+    # (..., R, 2, 64): the columns' factor and the rows'.
+    factors = xp.exp(-0.5 * ((cells - blobs[..., 1:3, None]) / blobs[..., 3:5, None]) ** 2)
+    columns = blobs[..., :1] * factors[..., 0, :]
+    return xp.matmul(xp.swapaxes(factors[..., 1, :], -1, -2), columns)
+
+
+def hidden_joints(joints_mm: np.ndarray, margin_mm: float) -> np.ndarray:
+    """Finds the joints that lie behind another part of the body, from the geometry.
+
+    The parts are capsules around the bones. A part hides a joint that is not one of its ends if
+    the ray from the camera to the joint passes within the part's radius of its axis (measured
+    where the projected axis comes nearest to the projected joint) and the axis is there nearer to
+    the camera than the joint by the margin.
+
+    Args:
+        joints_mm: (B, 16, 3), camera coordinates (z forward), MPII order.
+        margin_mm: The margin.
+
+    Returns:
+        (B, 16) bool.
+    """
+    depth = joints_mm[..., 2]
+    plane = joints_mm[..., :2] / depth[..., None]
+    hidden = np.zeros(depth.shape, bool)
+    for first, second, radius in _BODY_PARTS:
+        i, j = MPII_JOINTS.index(first), MPII_JOINTS.index(second)
+        axis = plane[:, j] - plane[:, i]
+        to_joint = plane - plane[:, i, None]
+        along = np.einsum("bjd,bd->bj", to_joint, axis) / ((axis**2).sum(-1)[:, None] + 1e-9)
+        along = np.clip(along, 0.0, 1.0)
+        gap = np.linalg.norm(to_joint - along[..., None] * axis[:, None], axis=-1)
+        part_depth = depth[:, i, None] + along * (depth[:, j] - depth[:, i])[:, None]
+        behind = (gap * part_depth < radius) & (part_depth + margin_mm < depth)
+        behind[:, [i, j]] = False
+        hidden |= behind
+    return hidden
+
+
+def seen_from_behind(joints_mm: np.ndarray) -> np.ndarray:
+    """Tells how far people are turned away from the camera.
+
+    Args:
+        joints_mm: (B, 16, 3), camera coordinates, MPII order.
+
+    Returns:
+        (B,), 0 for a person who faces the camera, 0.5 in profile, 1 from behind.
+    """
+    rhip, lhip = MPII_JOINTS.index("RHip"), MPII_JOINTS.index("LHip")
+    pelvis, thorax = MPII_JOINTS.index("Pelvis"), MPII_JOINTS.index("Thorax")
+    to_left = joints_mm[:, lhip] - joints_mm[:, rhip]
+    up = joints_mm[:, thorax] - joints_mm[:, pelvis]
+    forward = np.cross(to_left, up)
+    to_camera = -joints_mm[:, pelvis]
+    norms = np.linalg.norm(forward, axis=-1) * np.linalg.norm(to_camera, axis=-1)
+    return 0.5 - 0.5 * (forward * to_camera).sum(-1) / (norms + 1e-9)
+
+
+def _neighbours() -> np.ndarray:
+    """Gives (16, 2): two neighbours along the skeleton; joints at an end have one, twice."""
+    adjacent: list[list[int]] = [[] for _ in range(NUM_HEATMAPS)]
+    for i, j in MPII_BONES:
+        adjacent[i].append(j)
+        adjacent[j].append(i)
+    return np.array([[joints[0], joints[-1]] for joints in adjacent])
+
+
+def simulate(
+    rng: np.random.Generator,
+    points_camera_mm: np.ndarray,
+    keypoints_xy: np.ndarray,
+    config: SimulatorConfig,
+) -> Detections:
+    """Simulates a detector on a batch of people.
+
+    Args:
+        rng: Source of randomness; the same state gives the same detections.
+        points_camera_mm: (B, 17, 3), Human3.6M joints in camera coordinates (z forward).
+        keypoints_xy: (B, 17, 2), where they are in heatmap cells.
+        config: The detector.
+
+    Returns:
+        The detections.
+    """
+    joints_mm = points_camera_mm[:, MPII_TO_H36M]
+    truth = keypoints_xy[:, MPII_TO_H36M]
+    shape = B, J = truth.shape[:2]
+    hidden = hidden_joints(joints_mm, config.occlusion_margin_mm)
+    behind = seen_from_behind(joints_mm)
+    cut = ((truth < -0.5) | (truth >= HEATMAP_SIZE - 0.5)).any(-1)
+
+    quality = rng.lognormal(0.0, config.quality_std, (B, 1))
+    unsure = hidden & (rng.random(shape) < config.hidden_unsure * quality)
+
+    def happens(chance: float, chance_unsure: float) -> np.ndarray:
+        return rng.random(shape) < np.where(unsure, chance_unsure, chance) * quality
+
+    # The main mode.
+    widening = np.where(unsure, config.hidden_spread * rng.exponential(1.0, shape), 0.0) * quality
+    scale = config.error * _BASE_ERROR * quality * np.where(unsure, config.hidden_error, 1.0)
+    centre = truth + scale[..., None] * rng.standard_t(config.error_tail, (B, J, 2))
+    sigma = config.sigma * np.exp(rng.normal(0.0, config.sigma_std, (B, J, 2)))
+    # A mode may be wider along one axis than along the other.
+    stretch = rng.uniform(0.5, 1.0, (B, J, 2))
+    sigma = sigma * (1.0 + widening[..., None] * stretch)
+    height = config.amplitude + config.amplitude_std * rng.standard_normal(shape)
+    height = np.clip(height, 0.3, 1.05) * (1.0 + widening) ** -1.5
+
+    # Outside of the crop there is nothing to see: a low flat mode where the body leaves it.
+    inside = np.clip(truth, 0.0, HEATMAP_SIZE - 1.0) + rng.normal(0.0, 2.5, (B, J, 2))
+    centre = np.where(cut[..., None], inside, centre)
+    sigma = np.where(cut[..., None], rng.uniform(2.5, 5.5, (B, J, 2)), sigma)
+    height = np.where(cut, config.cut_amplitude * rng.exponential(1.0, shape), height)
+    missed = happens(config.missed, config.missed_hidden)
+    height = np.where(missed, 0.02 * rng.random(shape), height)
+
+    # Left and right: both arms (or both legs) share how strongly they are confused.
+    chance = config.confusion + behind * (config.confusion_behind - config.confusion)
+    mirrored = np.zeros(shape)
+    for limb in (_ARMS, _LEGS):
+        confused = rng.random(B) < chance * quality[:, 0]
+        weight = confused * rng.beta(0.8, 1.6, B)
+        mirrored += limb * weight[:, None]
+    mirrored = np.clip(mirrored * rng.uniform(0.8, 1.2, shape), 0.0, 1.0) * ~cut
+    mirror_blob = _blob(
+        height * mirrored,
+        truth[:, MPII_MIRROR] + scale[..., None] * rng.standard_normal((B, J, 2)),
+        sigma,
+    )
+    main_blob = _blob(height * (1.0 - mirrored), centre, sigma)
+
+    def second_height(present: np.ndarray) -> np.ndarray:
+        # A gamma distribution of shape 2: mostly faint, now and then as high as the main mode.
+        relative = config.second_amplitude / 2 * rng.gamma(2.0, 1.0, shape)
+        return present * config.amplitude * np.minimum(relative, 1.0)
+
+    side = rng.integers(0, 2, shape)
+    joint = np.take_along_axis(_neighbours()[None].repeat(B, 0), side[..., None], 2)
+    fraction = rng.uniform(0.5, 1.0, shape)[..., None]
+    there = np.take_along_axis(truth, joint.repeat(2, -1), 1)
+    neighbour_blob = _blob(
+        second_height(happens(config.neighbour, config.neighbour_hidden)),
+        truth + fraction * (there - truth),
+        config.sigma * rng.uniform(0.9, 1.5, (B, J, 2)),
+    )
+    clutter_blob = _blob(
+        second_height(happens(config.clutter, config.clutter_hidden)),
+        rng.uniform(2.0, HEATMAP_SIZE - 3.0, (B, J, 2)),
+        config.sigma * rng.uniform(0.8, 1.8, (B, J, 2)),
+    )
+    background = [
+        _blob(
+            config.background * rng.standard_normal(shape),
+            rng.uniform(0.0, HEATMAP_SIZE, (B, J, 2)),
+            rng.uniform(4.0, 14.0, (B, J, 2)),
+        )
+        for _ in range(NUM_BLOBS - 4)
+    ]
+    blobs = [main_blob, mirror_blob, neighbour_blob, clutter_blob, *background]
+    return Detections(np.stack(blobs, axis=2).astype(np.float32), hidden)
+
+
+def _blob(amplitude: np.ndarray, centre: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Joins (B, 16), (B, 16, 2), (B, 16, 2) to (B, 16, 5)."""
+    return np.concatenate([amplitude[..., None], centre, sigma], axis=-1)
