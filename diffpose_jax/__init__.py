@@ -1,0 +1,11 @@
+"""DiffPose in JAX: distributions of 3D human poses from the heatmaps of a 2D detector.
+
+model = diffpose_jax.load("runs/quickstart")
+poses_mm = model.sample(jax.random.key(0), heatmaps)  # (B, 16, 64, 64) -> (B, 200, 17, 3)
+"""
+
+from diffpose_jax._version import __version__
+from diffpose_jax.checkpoints import CheckpointError, load
+from diffpose_jax.model import Model
+
+__all__ = ["CheckpointError", "Model", "__version__", "load"]

@@ -1,0 +1,338 @@
+"""Training: the state, the pure step, and the loop that runs it on all local devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax import Array
+
+from diffpose_jax import config as config_lib
+from diffpose_jax import model as model_lib
+from diffpose_jax.heatmaps import HeatmapSamples
+
+DEVICES = "devices"
+"""Name of the pmapped axis."""
+
+
+@flax.struct.dataclass
+class Batch:
+    """Examples for one or several steps; leading axes are D devices, steps, B images.
+
+    Attributes:
+      evidence: what the candidates come from: heatmaps (..., 16, 64, 64), to draw anew, or
+        `HeatmapSamples` (..., S, 16) that were drawn before.
+      pose_mm: (..., 17, 3), millimetres.
+    """
+
+    evidence: Array | HeatmapSamples
+    pose_mm: Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run needs to go on.
+
+    Attributes:
+      step: scalar, optimizer steps done.
+      params: parameters.
+      ema: their exponential moving average, None without one.
+      opt_state: the optimizer's state.
+    """
+
+    step: Array
+    params: model_lib.Params
+    ema: model_lib.Params | None
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """What stays the same over a run; built from `config.training` by `build`.
+
+    Attributes:
+      network: the model.
+      optimizer: Adam with its learning rate schedule.
+      learning_rate: step -> learning rate.
+      num_steps: optimizer steps of the whole run.
+      batch_size: images a step, over all devices.
+      draws_per_image: times and noises drawn under each condition.
+      ema_decay: decay of the moving average of the parameters, 0 for none.
+      ema_every: steps between its updates.
+      steps_per_dispatch: optimizer steps per call of the devices.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many are kept.
+    """
+
+    network: model_lib.DiffPose
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    num_steps: int
+    batch_size: int
+    draws_per_image: int
+    ema_decay: float
+    ema_every: int
+    steps_per_dispatch: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    def init(self, key: Array) -> TrainState:
+        """The state before the first step."""
+        params = self.network.init(key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            # A copy: the state is donated, and one buffer cannot be given away twice.
+            ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
+            opt_state=self.optimizer.init(params),
+        )
+
+
+def from_config(network: model_lib.DiffPose, config: ml_collections.ConfigDict) -> Trainer:
+    """Builds a `Trainer` from `config.training`, whose fields are the arguments of `build`.
+
+    Raises:
+      ValueError: for fields that are unknown, missing or do not fit together.
+    """
+    return config_lib.call(functools.partial(build, network), config, "config.training")
+
+
+def build(
+    network: model_lib.DiffPose,
+    *,
+    num_steps: int,
+    batch_size: int,
+    draws_per_image: int,
+    learning_rate: float,
+    warmup_steps: int,
+    decay: str,
+    ema_decay: float,
+    ema_every: int,
+    steps_per_dispatch: int,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+) -> Trainer:
+    """Builds a `Trainer`; the arguments are documented in `configs/h36m.py`.
+
+    Raises:
+      ValueError: for fields that do not fit together.
+    """
+    positive = {
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "draws_per_image": draws_per_image,
+        "learning_rate": learning_rate,
+        "ema_every": ema_every,
+        "steps_per_dispatch": steps_per_dispatch,
+        "checkpoint_every": checkpoint_every,
+        "keep_checkpoints": keep_checkpoints,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"config.training.{name} must be positive, not {value}")
+    for name in ("num_steps", "checkpoint_every"):
+        value = positive[name]
+        if value % steps_per_dispatch:
+            raise ValueError(
+                f"config.training.{name} = {value} must be a multiple of"
+                f" steps_per_dispatch = {steps_per_dispatch}"
+            )
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"config.training.warmup_steps = {warmup_steps} must be less than"
+            f" num_steps = {num_steps}"
+        )
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"config.training.ema_decay must be in [0, 1), not {ema_decay}")
+    if decay == "constant":
+        schedule = optax.constant_schedule(learning_rate)
+    elif decay == "cosine":
+        schedule = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
+    else:
+        raise ValueError(f"config.training.decay must be constant or cosine, not {decay!r}")
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
+    return Trainer(
+        network=network,
+        optimizer=optax.adam(schedule),
+        learning_rate=schedule,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        draws_per_image=draws_per_image,
+        ema_decay=ema_decay,
+        ema_every=ema_every,
+        steps_per_dispatch=steps_per_dispatch,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+    )
+
+
+def train_step(
+    trainer: Trainer, state: TrainState, key: Array, batch: Batch, axis_name: str | None = None
+) -> tuple[TrainState, Array]:
+    """One optimizer step.
+
+    Every image has a key of its own, from the step and its index in the whole batch: the result
+    is the same, to rounding, over however many devices the batch is spread.
+
+    Args:
+      trainer: model and optimizer.
+      state: the state before.
+      key: the run's training key.
+      batch: this device's images, leading axis B.
+      axis_name: axis of the devices, None outside of pmap.
+
+    Returns:
+      The state after and the loss over all devices, a scalar.
+    """
+    num_images = batch.pose_mm.shape[0]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_images
+    step_key = jax.random.fold_in(key, state.step)
+    keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(num_images))
+    network = trainer.network
+
+    def image_loss(params: model_lib.Params, key: Array, image: Batch) -> Array:
+        candidate_key, loss_key = jax.random.split(key)
+        return network.loss(
+            params,
+            loss_key,
+            _candidates(network, candidate_key, image.evidence),
+            model_lib.pose_to_vector(image.pose_mm, network.pose_scale),
+            trainer.draws_per_image,
+        )
+
+    def batch_loss(params: model_lib.Params) -> Array:
+        return jnp.mean(jax.vmap(image_loss, in_axes=(None, 0, 0))(params, keys, batch))
+
+    loss, grads = jax.value_and_grad(batch_loss)(state.params)
+    if axis_name is not None:
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+    updates, opt_state = trainer.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    ema = state.ema
+    if ema is not None:
+        rate = jnp.where(step % trainer.ema_every == 0, 1.0 - trainer.ema_decay, 0.0)
+        ema = jax.tree.map(lambda average, new: average + rate * (new - average), ema, params)
+    return TrainState(step=step, params=params, ema=ema, opt_state=opt_state), loss
+
+
+def _candidates(
+    network: model_lib.DiffPose, key: Array, evidence: Array | HeatmapSamples
+) -> HeatmapSamples:
+    if isinstance(evidence, HeatmapSamples):
+        return evidence
+    return network.draw_candidates(key, evidence)
+
+
+Dispatch = Callable[[TrainState, Array, Batch], tuple[TrainState, Array]]
+
+
+def make_dispatch(trainer: Trainer, devices: list[jax.Device] | None = None) -> Dispatch:
+    """Compiles several steps into one call, pmapped over devices.
+
+    Args:
+      trainer: model and optimizer.
+      devices: the devices, all local ones by default.
+
+    Returns:
+      (state, key, batch) -> (state, losses): batch has leading axes (D, steps, B / D), losses
+      is (steps,). The state is donated.
+    """
+
+    @functools.partial(
+        jax.pmap,
+        axis_name=DEVICES,
+        in_axes=(None, None, 0),
+        out_axes=(None, None),
+        donate_argnums=0,
+        devices=devices,
+    )
+    def dispatch(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Array]:
+        return jax.lax.scan(
+            lambda state, batch: train_step(trainer, state, key, batch, DEVICES), state, batch
+        )
+
+    return dispatch
+
+
+def shard(batch: Batch, num_devices: int) -> Batch:
+    """Splits images over devices: (steps, B, ..) -> (D, steps, B / D, ..), image i on i // (B / D).
+
+    Raises:
+      ValueError: if the devices do not divide the batch.
+    """
+    steps, batch_size = batch.pose_mm.shape[:2]
+    if batch_size % num_devices:
+        raise ValueError(
+            f"config.training.batch_size = {batch_size} cannot be split over {num_devices} devices"
+        )
+
+    def split(x: np.ndarray) -> np.ndarray:
+        parts = x.reshape(steps, num_devices, batch_size // num_devices, *x.shape[2:])
+        return np.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def run(
+    trainer: Trainer,
+    state: TrainState,
+    key: Array,
+    batches: Iterable[Batch],
+    devices: list[jax.Device] | None = None,
+) -> Iterator[tuple[TrainState, np.ndarray]]:
+    """Trains on all local devices, one dispatch of several steps at a time.
+
+    Args:
+      trainer: model and optimizer.
+      state: where to begin; it is donated.
+      key: the run's training key.
+      batches: one `Batch` a dispatch, leading axes (steps, B).
+      devices: the devices, all local ones by default.
+
+    Yields:
+      The state after each dispatch, to be used before the next is asked for, and the losses
+      (steps,) of its steps.
+
+    Raises:
+      NonFiniteLossError: at the first loss that is not finite.
+    """
+    dispatch = make_dispatch(trainer, devices)
+    num_devices = len(devices or jax.local_devices())
+    step = int(state.step)
+    for batch in batches:
+        state, losses = dispatch(state, key, shard(batch, num_devices))
+        losses = check_losses(step, losses)
+        step += len(losses)
+        yield state, losses
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a step is NaN or infinite; the message names the step."""
+
+
+def check_losses(first_step: int, losses: Array | np.ndarray) -> np.ndarray:
+    """Losses (steps,) of the steps after `first_step`, on the host.
+
+    Raises:
+      NonFiniteLossError: names the first step whose loss is not finite.
+    """
+    losses = np.asarray(losses)
+    finite = np.isfinite(losses)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        raise NonFiniteLossError(
+            f"the loss of step {first_step + bad + 1} is {losses[bad]}: the training stops here."
+            " The last checkpoint is from before; a lower config.training.learning_rate, or a look"
+            " at the data for values out of range, may help"
+        )
+    return losses

@@ -1,0 +1,80 @@
+"""A model, examples and a configuration small enough for tests."""
+
+import ml_collections
+import numpy as np
+
+from configs import h36m
+from diffpose_jax import config as config_lib
+from diffpose_jax import model
+from diffpose_jax.data import mocap, motion, pipeline
+
+
+def small_config(**training) -> ml_collections.ConfigDict:
+    """The paper's configuration with everything small, on the data set "motion"."""
+    config = h36m.get_config()
+    config.model.update(
+        num_samples=4,
+        num_kernels=8,
+        joint_dropout=0.1,
+        encoder_layers=1,
+        encoder_heads=2,
+        encoder_feed_forward=16,
+        condition_size=16,
+        denoiser_width=16,
+        denoiser_blocks=1,
+    )
+    config.training.update(
+        num_steps=20,
+        batch_size=16,
+        learning_rate=1e-3,
+        steps_per_dispatch=5,
+        checkpoint_every=10,
+        keep_checkpoints=2,
+    )
+    config.training.update(training)
+    config.data.name = "motion"
+    config.data.builder = motion.default_config()
+    config.evaluation.update(
+        num_hypotheses=20,
+        batch_size=8,
+        regression_width=8,
+        regression_steps=10,
+        report_frames=2,
+    )
+    return config
+
+
+def network(config):
+    return config_lib.call(model.build, config.model, "config.model")
+
+
+def model_of(config, key):
+    net = network(config)
+    return model.Model(network=net, params=net.init(key), config=config)
+
+
+def examples(seed, number, wide=()):
+    """Poses at random and one mode for each joint at random; wide ones in the rows `wide`."""
+    rng = np.random.default_rng(seed)
+    pose_mm = rng.normal(size=(number, 17, 3)).astype(np.float32) * 300
+    pose_mm[:, 0] = 0
+    centre = rng.uniform(16, 48, (number, 16, 2))
+    sigma = np.where(np.isin(np.arange(number), wide), 8.0, 2.0)
+    factors = np.exp(-0.5 * ((np.arange(64) - centre[..., None]) / sigma[:, None, None, None]) ** 2)
+    maps = (factors[..., 1, :, None] * factors[..., 0, None, :]).astype(np.float32)
+    return pipeline.Examples(
+        pose_mm=pose_mm,
+        clips=np.repeat("clip", number),
+        names=np.array([f"clip {row}" for row in range(number)]),
+        heatmaps=lambda rows: maps[rows],
+    )
+
+
+def write_motion(folder):
+    """A few frames of the embedded motion as a user's folder: 24 for training, 8 for testing."""
+    lengths = {"a": 12, "b": 12, "test/c": 8}
+    for clip, (name, length) in zip(mocap.load_embedded(), lengths.items(), strict=False):
+        path = folder / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, positions_mm=clip.positions_mm[:length], fps=clip.fps)
+    return folder

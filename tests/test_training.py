@@ -1,0 +1,311 @@
+"""The training step and its loop, on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import examples, network, small_config
+
+from diffpose_jax import training
+from diffpose_jax.heatmaps import HeatmapSamples
+
+KEY = jax.random.key(1)
+STEPS, BATCH_SIZE = 3, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The tests' time is the compiler's; what it optimises does not matter to them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_trainer(model_changes=(), **changes):
+    config = small_config(**changes)
+    config.model.update(dict(model_changes))
+    return training.from_config(network(config), config.training)
+
+
+def heatmap_batch(seed, number):
+    data = examples(seed, number)
+    return training.Batch(evidence=data.heatmaps(np.arange(number)), pose_mm=data.pose_mm)
+
+
+def candidate_batch(seed, number):
+    rng = np.random.default_rng(seed)
+    candidates = HeatmapSamples(
+        cells=rng.integers(0, 64 * 64, (number, 4, 16)).astype(np.uint16),
+        likelihood=rng.uniform(0.2, 1.0, (number, 4, 16)).astype(np.float16),
+    )
+    pose_mm = rng.normal(size=(number, 17, 3)).astype(np.float32) * 300
+    return training.Batch(evidence=candidates, pose_mm=pose_mm)
+
+
+def leaves(tree):
+    """{path: array on the host}."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    trainer = make_trainer(draws_per_image=2, ema_decay=0.9, ema_every=2, learning_rate=2e-3)
+    assert trainer.network.encoder.dropout > 0
+    assert trainer.network.encoder.joint_dropout > 0
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def step(trainer):
+    """(state, key, batch) -> (state, loss), without pmap."""
+    return jax.jit(functools.partial(training.train_step, trainer))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """One `Batch` a dispatch, leading axes (steps, B); NaN in the second step of the last."""
+    batch = jax.tree.map(
+        lambda x: x.reshape(3, STEPS, BATCH_SIZE, *x.shape[1:]),
+        heatmap_batch(3, 3 * STEPS * BATCH_SIZE),
+    )
+    batch.pose_mm[2, 1, 7, 3, 1] = np.nan
+    return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(3)]
+
+
+def run(trainer, batches, devices):
+    """[(state on the host, losses, shards of the state)] after each dispatch, and the error."""
+    seen = []
+    try:
+        for state, losses in training.run(
+            trainer, trainer.init(jax.random.key(0)), KEY, batches, devices
+        ):
+            shards = {
+                jax.tree_util.keystr(path): [np.array(s.data) for s in leaf.addressable_shards]
+                for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            }
+            seen.append((leaves(state), losses, shards))
+    except training.NonFiniteLossError as error:
+        return seen, error
+    return seen, None
+
+
+@pytest.fixture(scope="module")
+def eight_devices(trainer, batches):
+    assert jax.local_device_count() == 8
+    return run(trainer, batches, None)
+
+
+def assert_same_states(a, b):
+    """Compares parameters, moving average and Adam's moments, to rounding."""
+    assert set(a) == set(b)
+    for name in a:
+        x, y = a[name], b[name]
+        if name.endswith("['qkv']['bias']") and not name.startswith(".opt_state"):
+            # A key's bias does not change the attention: its gradient is nothing but rounding,
+            # which Adam divides by its size.
+            x, y = np.delete(x, 1, axis=0), np.delete(y, 1, axis=0)
+        scale = np.abs(x).max()
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * scale, err_msg=name)
+
+
+def test_one_device_and_eight_give_the_same(trainer, batches, eight_devices):
+    one, _ = run(trainer, batches[:2], jax.local_devices()[:1])
+    eight, _ = eight_devices
+    for (one_state, one_losses, _), (state, losses, _) in zip(one, eight, strict=True):
+        assert_same_states(one_state, state)
+        np.testing.assert_allclose(one_losses, losses, rtol=1e-5)
+
+
+def test_state_is_the_same_on_all_devices(eight_devices):
+    """pmap does not check that an output that is not mapped is the same everywhere."""
+    for state, _, shards in eight_devices[0]:
+        for name, copies in shards.items():
+            assert len(copies) == 8
+            assert copies[0].shape == state[name].shape
+            assert {copy.tobytes() for copy in copies} == {state[name].tobytes()}, name
+
+
+def test_loss_that_is_not_finite_stops_the_run(eight_devices):
+    seen, error = eight_devices
+    assert [int(state[".step"]) for state, _, _ in seen] == [STEPS, 2 * STEPS]
+    assert all(np.isfinite(losses).all() for _, losses, _ in seen)
+    assert "step 8 is nan" in str(error)
+    assert "config.training.learning_rate" in str(error)
+
+
+def test_step_without_pmap_is_the_same(trainer, step, batches, eight_devices):
+    state = trainer.init(jax.random.key(0))
+    (pmapped, losses, _), *_ = eight_devices[0]
+    for i in range(STEPS):
+        state, loss = step(state, KEY, jax.tree.map(lambda x, i=i: x[i], batches[0]))
+        np.testing.assert_allclose(loss, losses[i], rtol=1e-5)
+    assert_same_states(leaves(state), pmapped)
+
+
+def test_a_step_lowers_the_loss_of_its_draw(trainer, step):
+    state, batch = trainer.init(jax.random.key(0)), heatmap_batch(0, BATCH_SIZE)
+    losses = []
+    for _ in range(12):
+        # Set back to step 0, every step draws the same dropout, times and noise.
+        state, loss = step(state.replace(step=jnp.zeros((), jnp.int32)), KEY, batch)
+        losses.append(float(loss))
+    assert np.all(np.diff(losses) < 0)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_steps_and_seeds_draw_anew(trainer, step):
+    state, batch = trainer.init(jax.random.key(0)), heatmap_batch(0, BATCH_SIZE)
+    losses = {
+        float(step(state.replace(step=jnp.int32(number)), jax.random.key(seed), batch)[1])
+        for number in range(3)
+        for seed in range(2)
+    }
+    assert len(losses) == 6
+
+
+def test_ema(trainer, step):
+    state, batch = trainer.init(jax.random.key(0)), heatmap_batch(7, BATCH_SIZE)
+    expected = leaves(state.params)
+    for name, value in leaves(state.ema).items():
+        assert np.array_equal(value, expected[name])
+    for number in range(1, 6):
+        state, _ = step(state, KEY, batch)
+        if number % 2 == 0:
+            for name, value in leaves(state.params).items():
+                expected[name] = np.float64(0.9) * expected[name] + np.float64(0.1) * value
+        for name, value in leaves(state.ema).items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-7)
+    assert any((leaves(state.ema)[name] != leaves(state.params)[name]).any() for name in expected)
+
+
+def test_no_ema_by_default():
+    assert make_trainer().init(jax.random.key(0)).ema is None
+
+
+def test_losses_average_independent_draws():
+    """Losses under 16 draws vary 1 / 16 as much, be it 16 images or 16 draws per image."""
+    plain = {"joint_dropout": 0.0, "encoder_layers": 0}
+    variances, means = {}, {}
+    for num_images, num_draws in ((1, 1), (16, 1), (1, 16)):
+        trainer = make_trainer(plain, draws_per_image=num_draws)
+        state = trainer.init(jax.random.key(0))
+        batch = jax.tree.map(lambda x, n=num_images: np.repeat(x, n, axis=0), candidate_batch(8, 1))
+        step = jax.jit(functools.partial(training.train_step, trainer))
+        losses = [step(state, key, batch)[1] for key in jax.random.split(jax.random.key(2), 200)]
+        variances[num_images, num_draws], means[num_images, num_draws] = (
+            np.var(losses),
+            np.mean(losses),
+        )
+    error = np.sqrt(variances[1, 1] / 200)
+    for averaged in ((16, 1), (1, 16)):
+        # A ratio of two sample variances of 200 draws each.
+        assert 8 < variances[1, 1] / variances[averaged] < 32
+        assert abs(means[averaged] - means[1, 1]) < 5 * error
+
+
+def test_heatmaps_and_predrawn_candidates_do_the_same(trainer, step):
+    """With one positive cell a map, there is only one candidate to draw."""
+    given = candidate_batch(6, BATCH_SIZE)
+    only = jax.tree.map(lambda x: x[:, :1], given.evidence)
+    maps = np.zeros((BATCH_SIZE, 16, 64 * 64), np.float32)
+    np.put_along_axis(
+        maps, only.cells[:, 0, :, None].astype(int), only.likelihood[:, 0, :, None], axis=2
+    )
+    same = jax.tree.map(lambda x: np.repeat(x, trainer.network.num_samples, axis=1), only)
+    state = trainer.init(jax.random.key(0))
+    _, drawn = step(state, KEY, given.replace(evidence=maps.reshape(-1, 16, 64, 64)))
+    _, predrawn = step(state, KEY, given.replace(evidence=same))
+    assert np.isfinite(drawn)
+    np.testing.assert_allclose(drawn, predrawn, rtol=1e-5)
+
+
+def test_learning_rates():
+    steps = np.arange(20)
+    constant = make_trainer(learning_rate=2e-3)
+    np.testing.assert_allclose([constant.learning_rate(s) for s in steps], 2e-3, rtol=1e-6)
+    cosine = make_trainer(learning_rate=2e-3, decay="cosine")
+    expected = 2e-3 * 0.5 * (1 + np.cos(np.pi * steps / 20))
+    np.testing.assert_allclose([cosine.learning_rate(s) for s in steps], expected, rtol=1e-4)
+    warm = make_trainer(learning_rate=2e-3, decay="cosine", warmup_steps=4)
+    expected = np.where(
+        steps < 4, 2e-3 * steps / 4, 2e-3 * 0.5 * (1 + np.cos(np.pi * (steps - 4) / 16))
+    )
+    np.testing.assert_allclose(
+        [warm.learning_rate(s) for s in steps], expected, rtol=1e-4, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(("warmup_steps", "first_move"), [(0, 2e-3), (4, 0.0)])
+def test_optimizer_is_adam_at_that_rate(warmup_steps, first_move):
+    """Adam's first update has the learning rate's size, whatever the gradient's."""
+    optimizer = make_trainer(learning_rate=2e-3, warmup_steps=warmup_steps).optimizer
+    gradient = jnp.array([1e-3, -5.0, 300.0])
+    update, _ = optimizer.update(gradient, optimizer.init(gradient))
+    np.testing.assert_allclose(update, -first_move * np.sign(gradient), rtol=1e-3)
+
+
+def test_check_losses_names_the_first_step():
+    assert training.check_losses(40, jnp.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+    with pytest.raises(training.NonFiniteLossError, match="step 42 is inf"):
+        training.check_losses(40, np.array([1.0, np.inf, np.nan]))
+
+
+def test_batch_that_the_devices_do_not_divide():
+    trainer = make_trainer(batch_size=12)
+    batch = jax.tree.map(lambda x: x[None], heatmap_batch(11, 12))
+    with pytest.raises(ValueError, match=r"batch_size = 12 cannot be split over 8 devices"):
+        run(trainer, [batch], None)
+
+
+def test_shard_gives_each_device_its_images():
+    batch = training.Batch(
+        evidence=np.zeros((3, 8, 16, 64, 64), np.float32),
+        pose_mm=np.arange(3 * 8).reshape(3, 8, 1, 1) * np.ones((17, 3)),
+    )
+    sharded = training.shard(batch, 4)
+    assert sharded.evidence.shape == (4, 3, 2, 16, 64, 64)
+    for step in range(3):
+        for image in range(8):
+            assert (sharded.pose_mm[image // 2, step, image % 2] == 8 * step + image).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_steps", 0),
+        ("num_steps", 22),
+        ("batch_size", 0),
+        ("draws_per_image", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", -1e-3),
+        ("warmup_steps", 20),
+        ("warmup_steps", -1),
+        ("decay", "linear"),
+        ("ema_decay", 1.0),
+        ("ema_decay", -0.1),
+        ("ema_every", 0),
+        ("steps_per_dispatch", 0),
+        ("checkpoint_every", 7),
+        ("checkpoint_every", 0),
+        ("keep_checkpoints", 0),
+    ],
+)
+def test_bad_fields(field, value):
+    with pytest.raises(ValueError, match=rf"config\.training\.{field}\b") as error:
+        make_trainer(**{field: value})
+    assert str(value) in str(error.value)
+
+
+def test_unknown_and_missing_fields():
+    config = small_config()
+    del config.training.decay
+    config.training.decoy = "constant"
+    with pytest.raises(
+        ValueError, match=r"config\.training: unknown field decoy, missing field decay; .*num_steps"
+    ):
+        training.from_config(network(config), config.training)
