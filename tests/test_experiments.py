@@ -1,0 +1,259 @@
+"""The commands, end to end in processes of their own, on a few frames and a tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small import examples, network, write_motion
+
+import diffpose_jax
+from diffpose_jax import checkpoints, scalars, training
+
+ROOT = Path(__file__).parent.parent
+NUM_STEPS, STEPS_PER_DISPATCH, CHECKPOINT_EVERY = 60, 2, 4
+
+CONFIG = """
+from small import small_config
+
+
+def get_config():
+    config = small_config(
+        num_steps={num_steps},
+        steps_per_dispatch={steps_per_dispatch},
+        checkpoint_every={checkpoint_every},
+        decay="cosine",
+        ema_decay=0.9,
+        draws_per_image=2,
+    )
+    config.data.predrawn_candidates = 8
+    config.data.builder.update(
+        source={source!r}, train_views_per_frame=1, test_views_per_frame=1
+    )
+    config.evaluation.weights = "ema"
+    return config
+"""
+
+
+class Workplace:
+    """A folder with motion, a configuration, prepared data and a cache of compiled programs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        source = str(write_motion(folder / "motion"))
+        self.config = folder / "tiny.py"
+        self.config.write_text(
+            CONFIG.format(
+                num_steps=NUM_STEPS,
+                steps_per_dispatch=STEPS_PER_DISPATCH,
+                checkpoint_every=CHECKPOINT_EVERY,
+                source=source,
+            )
+        )
+
+    def start(self, module, *arguments):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "tests"),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        # Into files: a pipe that nobody reads would stop the process when it is full.
+        with self.stdout.open("w") as stdout, self.stderr.open("w") as stderr:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+                cwd=ROOT,
+                env=environment,
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    def run(self, module, *arguments):
+        """Runs to the end; gives what was printed."""
+        process = self.start(module, *arguments)
+        assert process.wait(timeout=300) == 0, self.stderr.read_text()[-3000:]
+        return self.stdout.read_text()
+
+    def training(self, workdir):
+        return (
+            "--config",
+            self.config,
+            "--workdir",
+            workdir,
+            "--data_dir",
+            self.folder / "data",
+        )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp("experiments"))
+
+
+@pytest.fixture(scope="module")
+def run(workplace):
+    """The unbroken run."""
+    workdir = workplace.folder / "unbroken"
+    workplace.run("train", *workplace.training(workdir))
+    return workdir
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def restore(run):
+    """The newest state of a run."""
+    config = checkpoints.load(run).config
+    trainer = training.from_config(network(config), config.training)
+    with checkpoints.RunCheckpoints(run / "checkpoints", config, keep=2) as saved:
+        return jax.device_get(saved.restore_latest(trainer.init(jax.random.key(0))))
+
+
+def assert_same_runs(run, other):
+    a, b = (jax.tree_util.tree_leaves_with_path(restore(folder)) for folder in (run, other))
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        assert x.tobytes() == y.tobytes(), path
+    for name in ("metrics.jsonl", "config.json", "results.json"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_train_writes_all_that_is_promised(run):
+    written = {path.name for path in run.iterdir()}
+    assert written >= {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "results.json",
+        "report.html",
+        "figures",
+    }
+    assert not [name for name in written if name.startswith(".")]
+    lines = scalars.read_scalars(run / "metrics.jsonl")
+    steps = np.arange(STEPS_PER_DISPATCH, NUM_STEPS + 1, STEPS_PER_DISPATCH)
+    assert [line["step"] for line in lines] == steps.tolist()
+    assert np.isfinite([line["loss"] for line in lines]).all()
+    rates = 1e-3 * 0.5 * (1 + np.cos(np.pi * (steps - 1) / NUM_STEPS))
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], rates, rtol=1e-3)
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {str(NUM_STEPS), str(NUM_STEPS - CHECKPOINT_EVERY)}
+    config = read_json(run / "config.json")
+    assert config == checkpoints.load(run).config.to_dict()
+    assert config["training"]["num_steps"] == NUM_STEPS
+    assert list((run / "figures").glob("*.png"))
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_results_of_training(run):
+    results = read_json(run / "results.json")
+    assert results["num_hypotheses"] == 20
+    methods = results["subsets"]["all"]
+    assert methods["frames"] == 8
+    assert {"model", "mean_pose", "regression", "gaussian"} < set(methods)
+    assert set(methods["model"]["mpjpe_best_at"]) == {"1", "2", "5", "10", "20"}
+    assert methods["model"]["mpjpe_best"] <= methods["model"]["mpjpe_mean"]
+
+
+def test_run_again_trains_nothing(workplace, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for part in ("checkpoints", "controls", "metrics.jsonl")
+        for path in [copy / part, *(copy / part).rglob("*")]
+        if path.is_file()
+    }
+    workplace.run("train", *workplace.training(copy))
+    for path, (content, time_ns) in before.items():
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, time_ns), path
+    assert_same_runs(run, copy)
+
+
+def test_evaluate(workplace, run, tmp_path):
+    before = (run / "results.json").read_bytes()
+    printed = workplace.run(
+        "evaluate",
+        *("--checkpoint", run, "--num_hypotheses", 3),
+        *("--output", tmp_path / "output", "--data_dir", workplace.folder / "data"),
+    )
+    results = read_json(tmp_path / "output" / "results.json")
+    assert results["num_hypotheses"] == 3
+    assert set(results["subsets"]["all"]["gaussian"]["mpjpe_best_at"]) == {"1", "2", "3"}
+    assert (tmp_path / "output" / "report.html").exists()
+    assert (run / "results.json").read_bytes() == before
+    for word in ("mpjpe_best", "mean_pose", "regression", "gaussian"):
+        assert word in printed
+    # The controls do not depend on the model or on the number of hypotheses.
+    ours, theirs = (
+        results_of["subsets"]["all"]["regression"]
+        for results_of in (results, read_json(run / "results.json"))
+    )
+    assert ours == pytest.approx(theirs)
+
+
+def test_export(workplace, run, tmp_path):
+    printed = workplace.run("export", "--checkpoint", run, "--output", tmp_path / "export")
+    assert str(tmp_path / "export") in printed
+    assert " MB" in printed
+    model, exported = diffpose_jax.load(run), diffpose_jax.load(tmp_path / "export")
+    assert model.config.evaluation.weights == "ema"
+    maps = examples(0, 1).heatmaps(np.arange(1))
+    samples, ours = (np.asarray(m.sample(jax.random.key(0), maps, 4)) for m in (exported, model))
+    assert samples.shape == (1, 4, 17, 3)
+    assert np.isfinite(samples).all()
+    assert samples.tobytes() == ours.tobytes()
+
+
+@pytest.mark.parametrize(("seed", "kills"), [(1, 1), pytest.param(2, 6, marks=pytest.mark.slow)])
+def test_killed_and_started_again(workplace, run, seed, kills):
+    """Killed when a line that was drawn is written, and up to a tenth of a second later."""
+    workdir = workplace.folder / f"killed{seed}"
+    metrics = workdir / "metrics.jsonl"
+    rng = np.random.default_rng(seed)
+    steps = np.arange(STEPS_PER_DISPATCH, NUM_STEPS, STEPS_PER_DISPATCH)
+    resumed = []
+    for step in np.sort(rng.choice(steps, kills, replace=False)):
+        process = workplace.start("train", *workplace.training(workdir))
+        while process.poll() is None:
+            lines = scalars.read_scalars(metrics)
+            if lines and lines[-1]["step"] >= step:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        saved = (workdir / "checkpoints").iterdir()
+        resumed.append(max((int(p.name) for p in saved if p.name.isdigit()), default=0))
+    print(f"killed with checkpoints of the steps {resumed}")
+    assert resumed[0] < NUM_STEPS
+    workplace.run("train", *workplace.training(workdir))
+    assert_same_runs(run, workdir)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("train", ["--config", "CONFIG", "--config.model.foo=1"], "foo"),
+        ("train", [], "--config is missing"),
+        ("evaluate", ["--checkpoint", "no/such/run"], "no/such/run does not exist"),
+    ],
+)
+def test_errors(workplace, tmp_path, module, arguments, message):
+    arguments = [str(workplace.config) if word == "CONFIG" else word for word in arguments]
+    output = ["--workdir" if module == "train" else "--output", tmp_path / "output"]
+    process = workplace.start(module, *arguments, *output)
+    assert process.wait(timeout=120) > 0
+    assert message in workplace.stderr.read_text()
+
+    assert not (tmp_path / "output" / "checkpoints").exists()
