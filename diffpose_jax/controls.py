@@ -113,14 +113,7 @@ class Controls:
 
 
 def fit_controls(
-    key: jax.Array,
-    inputs: jax.Array,
-    poses_mm: jax.Array,
-    *,
-    steps: int = 20_000,
-    batch_size: int = 64,
-    width: int = 1024,
-    learning_rate: float = 1e-3,
+    key: jax.Array, inputs: jax.Array, poses_mm: jax.Array, **settings: Any
 ) -> Controls:
     """Fits all three controls on a training set.
 
@@ -128,24 +121,13 @@ def fit_controls(
         key: Random key.
         inputs: (N, 16, 3) argmax joints and likelihoods, see `fit_regression`.
         poses_mm: (N, 17, 3) training poses, millimetres, hip-centred.
-        steps: See `fit_regression`, as the following.
-        batch_size: See there.
-        width: See there.
-        learning_rate: See there.
+        **settings: Further arguments of `fit_regression`.
 
     Returns:
         The fitted controls.
     """
     inputs, poses_mm = np.asarray(inputs, np.float32), np.asarray(poses_mm, np.float32)
-    regression = fit_regression(
-        key,
-        inputs,
-        poses_mm,
-        steps=steps,
-        batch_size=batch_size,
-        width=width,
-        learning_rate=learning_rate,
-    )
+    regression = fit_regression(key, inputs, poses_mm, **settings)
     residuals_mm = poses_mm - np.asarray(jax.jit(predict)(regression, inputs))
     return Controls(
         mean_pose_mm=jnp.asarray(np.mean(poses_mm, axis=0, dtype=np.float64), jnp.float32),

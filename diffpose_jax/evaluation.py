@@ -138,7 +138,7 @@ def evaluate(
             num_hypotheses,
         )
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-        total = sums if total is None else _merge(total, sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
         progress.update(len(rows))
     progress.close()
     return {
@@ -151,13 +151,4 @@ def evaluate(
             for name, methods in total.items()
             if masks[name].any()
         },
-    }
-
-
-def _merge(
-    a: dict[str, dict[str, MetricSums]], b: dict[str, dict[str, MetricSums]]
-) -> dict[str, dict[str, MetricSums]]:
-    return {
-        subset: {method: sums.merge(b[subset][method]) for method, sums in methods.items()}
-        for subset, methods in a.items()
     }

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
+from diffpose_jax.files import write_whole
 from diffpose_jax.skeleton import (
     H36M_BONES,
     H36M_JOINTS,
@@ -397,27 +398,6 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     """
     path = Path(path)
     return write_whole(path, figure_bytes(figure, path.suffix.lstrip(".") or "png", dpi))
-
-
-def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Writes a file beside its place, then renames it: whole or not at all.
-
-    Args:
-        path: Where to; its folders are made.
-        content: The bytes.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def checked_array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -> NDArray:

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from diffpose_jax.files import write_whole
 from diffpose_jax.plotting import (
     GROUP_COLOURS,
     JOINT_GROUPS,
     METHOD_COLOURS,
     checked_array,
     figure_bytes,
-    write_whole,
 )
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, NUM_JOINTS
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from diffpose_jax import checkpoints, controls, evaluation, plotting, report, scalars
+from diffpose_jax import checkpoints, controls, evaluation, files, plotting, report, scalars
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
 from diffpose_jax.model import Model
@@ -65,7 +65,7 @@ def evaluate_run(
         num_hypotheses=num_hypotheses,
         batch_size=settings.batch_size,
     )
-    scalars.write_json(output / "results.json", results)
+    files.write_json(output / "results.json", results)
 
     rows = report_rows(ambiguous, settings.report_frames)
     names = [test.names[row] + ", ambiguous" * bool(ambiguous[row]) for row in rows]

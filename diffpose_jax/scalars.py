@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file beside, then renames it: it is there whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+from diffpose_jax.files import write_whole
 
 
 def read_scalars(path: str | Path) -> list[dict[str, float]]:
@@ -38,9 +30,7 @@ class ScalarWriter:
     def __init__(self, path: str | Path, last_step: int) -> None:
         path = Path(path)
         kept = [line for line in read_scalars(path) if line["step"] <= last_step]
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", buffering=1)
 
     def __enter__(self) -> ScalarWriter:

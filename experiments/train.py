@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 import experiments
-from diffpose_jax import checkpoints, model, results, scalars, training
+from diffpose_jax import checkpoints, files, model, results, scalars, training
 from diffpose_jax import config as config_lib
 from diffpose_jax.data import pipeline
 
@@ -38,7 +38,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
         workdir / "checkpoints", config, trainer.keep_checkpoints
     ) as saved:
         state = saved.restore_latest(state) or state
-        scalars.write_json(workdir / "config.json", config.to_dict())
+        files.write_json(workdir / "config.json", config.to_dict())
         first = int(state.step)
         if first == trainer.num_steps:
             return

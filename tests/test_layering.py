@@ -15,6 +15,7 @@ ORDER = [
     "_version",
     "skeleton",
     "config",
+    "files",
     "scalars",
     "gaussian_fit",
     "channel_embedding",

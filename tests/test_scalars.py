@@ -1,7 +1,5 @@
 """The file of scalars survives interruptions."""
 
-import json
-
 import pytest
 
 from diffpose_jax import scalars
@@ -56,14 +54,3 @@ def test_resuming_from_the_start_removes_all(tmp_path):
     with scalars.ScalarWriter(path, last_step=0):
         pass
     assert path.read_text() == ""
-
-
-def test_write_json(tmp_path):
-    path = tmp_path / "results.json"
-    scalars.write_json(path, {"mpjpe": 1.5})
-    scalars.write_json(path, {"mpjpe": 2.5, "best_at": {1: 2.0}})
-    assert json.loads(path.read_text()) == {"mpjpe": 2.5, "best_at": {"1": 2.0}}
-    with pytest.raises(TypeError):
-        scalars.write_json(path, {"mpjpe": object()})
-    assert json.loads(path.read_text())["mpjpe"] == 2.5
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
