@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from motion_files import bvh_text, cmu_frame, write_cmu
 
 from diffpose_jax.data import mocap
 from diffpose_jax.data.mocap import make
@@ -156,6 +157,30 @@ def test_writing_the_clips_again_gives_the_archive(tmp_path):
 
 # The script, on two sources made up here.
 
+
+def cmu_bvh_text():
+    """Two frames, of which the first is the rest pose of the conversion, of a stick man."""
+
+    def limb(first, *rest):
+        name, offset = first
+        return {name: (offset, limb(*rest) if rest else (0, 2, 0))}
+
+    tree = {"Hips": ((0, 0, 0), limb(("LowerBack", (0, 0, 0)), ("Spine", (0, 2, 0))))}
+    body = tree["Hips"][1]
+    body["LowerBack"][1]["Spine"] = (
+        (0, 2, 0),
+        limb(("Neck1", (0, 4, 0)), ("Head", (0, 2, 0)))
+        | limb(("LeftArm", (3, 3, 0)), ("LeftForeArm", (5, 0, 0)), ("LeftHand", (4, 0, 0)))
+        | limb(("RightArm", (-3, 3, 0)), ("RightForeArm", (-5, 0, 0)), ("RightHand", (-4, 0, 0))),
+    )
+    down = (0, -7, 0)
+    for side, x in (("Left", 1.3), ("Right", -1.3)):
+        leg = limb((f"{side}UpLeg", (x, -2, 0)), (f"{side}Leg", down), (f"{side}Foot", down))
+        body[f"{side[0]}HipJoint"] = ((0, 0, 0), leg)
+    row = [0, 20, 0] + [0] * 3 * 19
+    return bvh_text(tree, [row, row], 0.0083333)
+
+
 OFFSETS = {
     "chest": (0, 1, 0), "neck": (0, 1, 0),
     "right_hip": (0, 0, 0.4), "right_knee": (0, -2, 0), "right_ankle": (0, -2, 0),
@@ -205,73 +230,6 @@ def test_humanoid_joints_rotate_about_their_parents():
     np.testing.assert_allclose(forearm, [0, 0, 0.25], atol=1e-12)
 
 
-BVH = {
-    "Hips": {
-        "LeftUpLeg": ((1.3, -2, 0), {"LeftLeg": ((0, -7, 0), {"LeftFoot": ((0, -7, 0), {})})}),
-        "RightUpLeg": ((-1.3, -2, 0), {"RightLeg": ((0, -7, 0), {"RightFoot": ((0, -7, 0), {})})}),
-        "Spine": (
-            (0, 2, 0),
-            {
-                "Neck1": ((0, 4, 0), {"Head": ((0, 2, 0), {})}),
-                "LeftArm": (
-                    (3, 3, 0),
-                    {"LeftForeArm": ((5, 0, 0), {"LeftHand": ((4, 0, 0), {})})},
-                ),
-                "RightArm": (
-                    (-3, 3, 0),
-                    {"RightForeArm": ((-5, 0, 0), {"RightHand": ((-4, 0, 0), {})})},
-                ),
-            },
-        ),
-    }
-}
-
-
-def bvh_text(angles):
-    """A BVH file of two frames; `angles` gives (z, y, x) degrees by joint in the second."""
-    lines, numbers = ["HIERARCHY"], ["0", "20", "0"]
-
-    def add(kind, name, offset, children):
-        positions = "6 Xposition Yposition Zposition" if kind == "ROOT" else "3"
-        lines.extend([f"{kind} {name}", "{", "OFFSET " + " ".join(map(str, offset))])
-        lines.append(f"CHANNELS {positions} Zrotation Yrotation Xrotation")
-        numbers.extend(map(str, angles.get(name, (0, 0, 0))))
-        for child, (child_offset, grandchildren) in children.items():
-            add("JOINT", child, child_offset, grandchildren)
-        if not children:
-            lines.extend(["End Site", "{", "OFFSET 0 2 0", "}"])
-        lines.append("}")
-
-    add("ROOT", "Hips", (0, 0, 0), BVH["Hips"])
-    first = ["0"] * len(numbers)
-    lines += ["MOTION", "Frames: 2", "Frame Time: .0083333", " ".join(first), " ".join(numbers)]
-    return "\n".join(lines) + "\n"
-
-
-def test_bvh_is_read_with_the_channels_in_order_and_without_the_rest_frame():
-    points, fps = make.cmu_points(
-        bvh_text({"Hips": (0, 90, 0), "LeftLeg": (0, 0, 90), "LeftArm": (-90, 0, 0)})
-    )
-    assert points.shape == (1, 17, 3)
-    assert fps == pytest.approx(120, rel=1e-4)
-    (points,) = points
-    np.testing.assert_allclose(points[JOINT["Hip"]], [0, 0, 18], atol=1e-12)
-    # A quarter turn to the left about the vertical: the left hip comes to lie behind.
-    np.testing.assert_allclose(points[JOINT["LHip"]], [-1.3, 0, 18], atol=1e-12)
-    shin = points[JOINT["LAnkle"]] - points[JOINT["LKnee"]]
-    np.testing.assert_allclose(shin, [0, -7, 0], atol=1e-12)  # bent backwards
-    arm = points[JOINT["LWrist"]] - points[JOINT["LShoulder"]]
-    np.testing.assert_allclose(arm, [0, 0, -9], atol=1e-12)  # hanging
-    assert points[JOINT["Nose"], 1] > 0.5  # in front
-
-
-def test_bvh_rotations_compose_as_z_then_y_then_x():
-    (points,), _ = make.cmu_points(bvh_text({"LeftArm": (90, 90, 0)}))
-    # Ry takes the arm from left to behind; Rz, applied after it, leaves it there.
-    arm = points[JOINT["LElbow"]] - points[JOINT["LShoulder"]]
-    np.testing.assert_allclose(arm, [-5, 0, 0], atol=1e-12)
-
-
 def test_retargeting_keeps_directions_and_puts_the_feet_on_the_floor():
     rng = np.random.default_rng(11)
     points = rng.normal(loc=[3.0, -2.0, 9.0], size=(40, 17, 3))
@@ -300,7 +258,7 @@ def test_script_writes_an_archive_from_a_wheel_and_a_folder(tmp_path, monkeypatc
         wheel.writestr("pybullet_data/data/motions/walker/", "")
         wheel.writestr("pybullet_data/data/motions/walker/turn.txt", motion)
     for name in ("01_01", "01_03"):
-        (tmp_path / f"{name}.bvh").write_text(bvh_text({}))
+        (tmp_path / f"{name}.bvh").write_text(cmu_bvh_text())
     command = f"make --pybullet_wheel {tmp_path}/pybullet.whl --bvh_dir {tmp_path}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--output", f"{tmp_path}/out.npz"])
     make.main()
@@ -437,8 +395,60 @@ def test_read_folder_errors(tmp_path):
         mocap.read_folder(tmp_path)
 
 
+def test_read_folder_holds_out_what_a_pattern_names(tmp_path):
+    for name in ("02_01", "03_01", "03_02", "deep/03_03", "test/04_01"):
+        save(tmp_path / f"{name}.npz")
+
+    def test_clips_of(pattern):
+        clips = mocap.read_folder(tmp_path, test_clips=pattern)
+        return {clip.name for clip in clips if clip.split == "test"}
+
+    assert test_clips_of("03_*") == {"03_01", "03_02", "04_01"}
+    assert test_clips_of("*03_*") == {"03_01", "03_02", "deep/03_03", "04_01"}
+    assert test_clips_of("deep/*") == {"deep/03_03", "04_01"}
+    with pytest.raises(ValueError, match=r"no clip that matches test_clips '05_\*'; the names are"):
+        test_clips_of("05_*")
+    with pytest.raises(ValueError, match="gives no train clip"):
+        test_clips_of("*")
+    # Without the folder test/ there is no other division than the pattern's.
+    (tmp_path / "test" / "04_01.npz").unlink()
+    (tmp_path / "test").rmdir()
+    assert test_clips_of("02_01") == {"02_01"}
+
+
+def test_read_folder_takes_motion_of_all_formats(tmp_path):
+    save(tmp_path / "mine.npz")
+    write_cmu(tmp_path, "02_01", [cmu_frame()] * 3)
+    write_cmu(tmp_path, "03_01", [cmu_frame()] * 3)
+    (tmp_path / "stick.bvh").write_text(cmu_bvh_text())
+    clips = mocap.read_folder(tmp_path, test_clips="03_*")
+    assert [(clip.name, clip.split, len(clip.positions_mm)) for clip in clips] == [
+        ("02_01", "train", 3), ("03_01", "test", 3), ("mine", "train", 4), ("stick", "train", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fps", "wanted", "stride"),
+    [(120, 0, 1), (120, 20, 6), (120, 25, 4), (120.00048, 30, 4), (30.00003, 30, 1), (29.97, 30, 1),
+     (30, 24, 1), (30, 100, 1), (59.94, 30, 2), (30, 0.1, 300)],
+)  # fmt: skip
+def test_thinning_leaves_at_least_the_wanted_rate(fps, wanted, stride):
+    positions_mm = np.arange(1000 * 51, dtype=np.float32).reshape(1000, 17, 3)
+    clip = mocap.thin(mocap.Clip("a", "test", fps, positions_mm), wanted)
+    assert (clip.name, clip.split) == ("a", "test")
+    assert clip.fps == pytest.approx(fps / stride)
+    np.testing.assert_array_equal(clip.positions_mm, positions_mm[::stride])
+
+
+def test_read_folder_thins(tmp_path):
+    save(tmp_path / "a.npz", CLIPS[0].positions_mm[:9], fps=60)
+    save(tmp_path / "test" / "b.npz", CLIPS[0].positions_mm[:9], fps=20)
+    clips = mocap.read_folder(tmp_path, fps=20)
+    assert [(clip.fps, len(clip.positions_mm)) for clip in clips] == [(20, 3), (20, 9)]
+
+
 def test_readers_are_chosen_by_suffix(tmp_path, monkeypatch):
-    monkeypatch.setitem(mocap.READERS, ".c3d", lambda path: (GOOD, 100.0))
+    monkeypatch.setitem(mocap.READERS, ".c3d", lambda path, mapping: (GOOD, 100.0))
     (tmp_path / "take.c3d").write_text("")
     np.testing.assert_array_equal(mocap.read_clip(tmp_path / "take.c3d").positions_mm, GOOD)
 

@@ -120,13 +120,14 @@ def test_name_follows_content(folder, tmp_path):
         for changes in (
             {},
             {"seed": 1},
+            {"fps": 20.0},
             {"simulator": {"clutter": 0.5}},
             {"camera": {"offset_mm": 0.0}},
             {"body": {"mirror": 0.0}},
             {"crop": {"cut": 0.0}},
         )
     }
-    assert len(names) == 6
+    assert len(names) == 7
     copy = write_clips(tmp_path / "copy", {"a": 5, "test/c": 6})
     before = motion.builder_config(tiny(copy)).name
     assert motion.builder_config(tiny(copy)).name == before
@@ -144,12 +145,36 @@ def test_name_follows_content(folder, tmp_path):
         ({"camera": {"hight": 1.0}}, r"data\.camera\.hight is unknown"),
         ({"camera": 3.0}, r"data\.camera is 3\.0; it must hold"),
         ({"seed": "a"}, r"data\.seed is 'a'; it must be a int"),
+        ({"fps": -1.0}, r"data\.fps is -1\.0; it must be at least 0"),
+        ({"fps": float("nan")}, r"data\.fps is nan; it must be at least 0"),
+        ({"test_clips": 3}, r"data\.test_clips is 3; it must be a str"),
         ({"test_stride": 0}, r"data\.test_stride is 0; it must be at least 1"),
     ],
 )
 def test_bad_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
         motion.builder_config(ml_collections.ConfigDict(changes))
+
+
+def test_a_folder_is_thinned_and_divided_as_configured(folder, tmp_path):
+    config = tiny(folder, fps=25.0, test_clips="a", test_views_per_frame=1)
+    builder = motion.prepare(config, tmp_path)
+    test = motion.read_all(builder, "test")
+    clips = {clip.name: clip for clip in mocap.read_folder(folder, fps=25.0, test_clips="a")}
+    assert set(test["clip"]) == {"a", "c", "d"}
+    assert set(motion.read_all(builder, "train")["clip"]) == {"b"}
+    for name in ("a", "c", "d"):
+        assert (test["clip"] == name).sum() == len(clips[name].positions_mm)
+
+
+def test_embedded_clips_are_thinned_but_not_divided_anew(tmp_path):
+    config = {"fps": 2.0, "train_views_per_frame": 1, "test_views_per_frame": 1}
+    builder = motion.prepare(ml_collections.ConfigDict(config), tmp_path)
+    expected = [mocap.thin(clip, 2.0) for clip in mocap.load_embedded()]
+    frames = sum(len(clip.positions_mm) for clip in expected if clip.split == "test")
+    assert len(motion.read_all(builder, "test")["frame"]) == frames < 100
+    with pytest.raises(ValueError, match=r"data\.test_clips is 'a', but the embedded clips have"):
+        motion.builder_config(ml_collections.ConfigDict({"test_clips": "a"}))
 
 
 def test_missing_folder(tmp_path):

@@ -8,6 +8,7 @@ not how well it would do on Human3.6M.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterable
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from diffpose_jax.data.mocap.asf_amc import read_amc
+from diffpose_jax.data.mocap.bvh import read_bvh
+from diffpose_jax.data.mocap.skeletons import MAPPING_FILE, to_h36m
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, NUM_JOINTS
 
 _STATURE_MM = (1000.0, 2300.0)
@@ -58,7 +62,8 @@ def load_embedded() -> list[Clip]:
     ]
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, float]:
+def _read_npz(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
+    del mapping  # such a file has the 17 joints already
     try:
         with np.load(path, allow_pickle=False) as archive:
             content = dict(archive)
@@ -70,18 +75,35 @@ def _read_npz(path: Path) -> tuple[np.ndarray, float]:
         ) from error
 
 
-READERS: dict[str, Callable[[Path], tuple[np.ndarray, float]]] = {".npz": _read_npz}
-"""File name suffix to a reader; it gives positions_mm (F, 17, 3), as in `Clip`, and fps."""
+def _read_bvh(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
+    return to_h36m(path, read_bvh(path), mapping)
 
 
-def read_clip(path: str | Path) -> Clip:
+def _read_amc(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
+    return to_h36m(path, read_amc(path), mapping)
+
+
+READERS: dict[str, Callable[[Path, Path | None], tuple[np.ndarray, float]]] = {
+    ".amc": _read_amc,
+    ".bvh": _read_bvh,
+    ".npz": _read_npz,
+}
+"""File name suffix to a reader; from the file and the `skeleton.json` that holds for it, if any,
+it gives positions_mm (F, 17, 3), as in `Clip`, and fps."""
+
+
+def read_clip(path: str | Path, *, root: str | Path | None = None) -> Clip:
     """Reads one motion file of the user; `READERS` lists the formats.
 
     A `.npz` file holds `positions_mm` (F, 17, 3), in Human3.6M joint order, millimetres, world
-    axes with z up and the floor near z = 0, and `fps`. The horizontal position may be any.
+    axes with z up and the floor near z = 0, and `fps`. `.bvh` files and `.amc` files (with their
+    `.asf` beside them) have the skeleton of a known data set, or the one that a `skeleton.json`
+    describes (see `skeletons` and README.md). The horizontal position may be any.
 
     Args:
         path: the file.
+        root: the folder up to which, from that of the file, a `skeleton.json` is looked for; by
+            default that of the file alone. The nearest holds.
 
     Returns:
         The clip, named as the file without its suffix, in the training split.
@@ -97,22 +119,53 @@ def read_clip(path: str | Path) -> Clip:
             f"{path}: cannot read motion from a {path.suffix or 'suffixless'} file; "
             f"convert it to one of: {_suffixes()}"
         )
-    positions_mm, fps = reader(path)
+    positions_mm, fps = reader(path, _mapping_file(path, Path(root or path.parent)))
     _check(path, positions_mm, fps)
     positions_mm = positions_mm.astype(np.float64)
     positions_mm[..., :2] -= positions_mm[:, :1, :2]
     return Clip(path.stem, "train", fps, positions_mm.astype(np.float32))
 
 
-def read_folder(folder: str | Path) -> list[Clip]:
+def _mapping_file(path: Path, root: Path) -> Path | None:
+    if root not in path.parents:
+        root = path.parent
+    for folder in path.parents:
+        if (folder / MAPPING_FILE).is_file():
+            return folder / MAPPING_FILE
+        if folder == root:
+            break
+    return None
+
+
+def thin(clip: Clip, fps: float) -> Clip:
+    """Drops frames of a clip, evenly, as long as so many a second are left.
+
+    Args:
+        clip: the clip.
+        fps: frames a second that are enough; 0 keeps all.
+
+    Returns:
+        The clip with every n-th frame, for the largest n that leaves `fps` or more.
+    """
+    # 0.2 %: 30.00003 and 29.97 frames a second, as files tell them, are 30.
+    stride = max(1, int(clip.fps / fps * 1.002)) if fps else 1
+    return dataclasses.replace(
+        clip, fps=clip.fps / stride, positions_mm=clip.positions_mm[::stride]
+    )
+
+
+def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -> list[Clip]:
     """Reads all motion files under a folder and divides them into train and test, by clip.
 
-    Files under the sub-folder `test/` are the test clips and all others the training clips.
-    Without that sub-folder a hash of its name puts about one clip in five into test, at least
-    one into each split. Files of other kinds are passed over.
+    Files under the sub-folder `test/` and those that `test_clips` names are the test clips and
+    all others the training clips. With neither, a hash of its name puts about one clip in five
+    into test, at least one into each split. Files of other kinds are passed over.
 
     Args:
         folder: searched with all its sub-folders.
+        fps: frames a second that are enough (see `thin`); 0 keeps all.
+        test_clips: a pattern (`fnmatch`, case counts) for names of test clips: "03_*" holds out
+            subject 3 of the CMU database.
 
     Returns:
         The clips in order of their names (paths within the folder without suffix; `test/` is
@@ -120,7 +173,7 @@ def read_folder(folder: str | Path) -> list[Clip]:
 
     Raises:
         ValueError: there is no motion file, a split would be empty, two clips have one name,
-            or a file cannot be read (see `read_clip`).
+            `test_clips` matches none, or a file cannot be read (see `read_clip`).
     """
     folder = Path(folder)
     paths = [
@@ -139,8 +192,14 @@ def read_folder(folder: str | Path) -> list[Clip]:
                 f"{path} and {named[name][0]} have the same clip name {name!r}; "
                 "rename or remove one: a clip must not be in both splits"
             )
-        named[name] = (path, "test" if in_test else "train")
-    if not has_test:
+        is_test = in_test or (test_clips and fnmatch.fnmatchcase(name, test_clips))
+        named[name] = (path, "test" if is_test else "train")
+    if test_clips and not any(fnmatch.fnmatchcase(name, test_clips) for name in named):
+        raise ValueError(
+            f"{folder} has no clip that matches test_clips {test_clips!r}; the names are: "
+            f"{', '.join(list(named)[:20])}{', ..' if len(named) > 20 else ''}"
+        )
+    if not has_test and not test_clips:
         test_names = _test_names(named)
         named = {
             name: (path, "test" if name in test_names else "train")
@@ -150,10 +209,10 @@ def read_folder(folder: str | Path) -> list[Clip]:
         if split not in {found for _, found in named.values()}:
             raise ValueError(
                 f"{folder} gives no {split} clip: it needs at least two motion files; with a "
-                "sub-folder test/, one at least in it and one at least outside it"
+                "sub-folder test/ or a pattern, one at least in it and one at least outside it"
             )
     return [
-        dataclasses.replace(read_clip(path), name=name, split=split)
+        thin(dataclasses.replace(read_clip(path, root=folder), name=name, split=split), fps)
         for name, (path, split) in sorted(named.items())
     ]
 

@@ -19,6 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from diffpose_jax.data.mocap import Clip
+from diffpose_jax.data.mocap.bvh import read_bvh
+from diffpose_jax.data.mocap.recording import about_axis
+from diffpose_jax.data.mocap.skeletons import to_h36m
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS
 
 TEST_CLIPS = frozenset(
@@ -175,7 +178,7 @@ def humanoid_points(frames: np.ndarray, offsets: dict[str, np.ndarray]) -> np.nd
     column = 8
     for parent, joint, size in HUMANOID_JOINTS:
         numbers = frames[:, column : column + size]
-        local = _from_quaternion(numbers) if size == 4 else _about_axis("Z", numbers[:, 0])
+        local = _from_quaternion(numbers) if size == 4 else about_axis("Z", numbers[:, 0])
         points[joint] = place(parent, offsets[joint])
         rotations[joint] = rotations[parent] @ local
         column += size
@@ -206,67 +209,10 @@ def cmu_clips(folder: Path) -> list[Clip]:
     """Reads the two recordings of the CMU database (subject 1, BVH conversion)."""
     clips = []
     for name in ("01_01", "01_03"):
-        points, fps = cmu_points((folder / f"{name}.bvh").read_text())
+        path = folder / f"{name}.bvh"
+        points, fps = to_h36m(path, read_bvh(path))
         clips.append(_clip(f"cmu_{name}", round(fps / BVH_STRIDE, 1), points[::BVH_STRIDE]))
     return clips
-
-
-def cmu_points(text: str) -> tuple[np.ndarray, float]:
-    """Forward kinematics of a BVH file of the CMU conversion.
-
-    Args:
-        text: the file's content; 31 joints, y up, x left at rest, z forward.
-
-    Returns:
-        (F, 17, 3), Human3.6M joints in the file's unit; x forward at rest, y left, z up; and
-        the frames a second. The conversion's first frame, a rest pose, is left out.
-    """
-    hierarchy, motion = text.split("MOTION")
-    lines = motion.split("\n", 3)
-    frame_time = float(lines[2].split(":")[1])
-    channels = np.array(lines[3].split(), np.float64).reshape(int(lines[1].split(":")[1]), -1)[1:]
-
-    points: dict[str, np.ndarray] = {}
-    rotations: dict[str, np.ndarray] = {}
-    stack: list[str] = []
-    column = 0
-    for line in hierarchy.splitlines():
-        match line.split():
-            case ["ROOT" | "JOINT", name]:
-                stack.append(name)
-            case ["End", "Site"]:
-                stack.append(f"{stack[-1]}End")
-            case ["OFFSET", *xyz]:
-                offset = np.array(xyz, np.float64)
-                if len(stack) > 1:
-                    parent = stack[-2]
-                    points[stack[-1]] = points[parent] + rotations[parent] @ offset
-            case ["CHANNELS", _, *names]:
-                if names[0] == "Xposition":
-                    points[stack[-1]] = channels[:, column : column + 3]
-                    column, names = column + 3, names[3:]
-                rotation = rotations[stack[-2]] if len(stack) > 1 else np.eye(3)[None]
-                for axis in names:
-                    rotation = rotation @ _about_axis(axis[0], np.radians(channels[:, column]))
-                    column += 1
-                rotations[stack[-1]] = rotation
-            case ["}"]:
-                stack.pop()
-
-    forward = rotations["Head"][..., 2]
-    points_h36m = [
-        (points["LeftUpLeg"] + points["RightUpLeg"]) / 2,
-        *(points[f"Right{joint}"] for joint in ("UpLeg", "Leg", "Foot")),
-        *(points[f"Left{joint}"] for joint in ("UpLeg", "Leg", "Foot")),
-        points["Spine"],
-        points["Neck1"],
-        points["Head"] + 0.75 * forward,  # nose, 45 mm in front
-        points["HeadEnd"] + 0.40 * forward,
-        *(points[f"Left{joint}"] for joint in ("Arm", "ForeArm", "Hand")),
-        *(points[f"Right{joint}"] for joint in ("Arm", "ForeArm", "Hand")),
-    ]
-    x, y, z = np.moveaxis(np.stack(points_h36m, axis=1), -1, 0)
-    return np.stack([z, x, y], axis=-1), 1 / frame_time
 
 
 def _from_quaternion(quaternion: np.ndarray) -> np.ndarray:
@@ -278,14 +224,6 @@ def _from_quaternion(quaternion: np.ndarray) -> np.ndarray:
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
     return np.moveaxis(np.array(rows), -1, 0)
-
-
-def _about_axis(axis: str, angle: np.ndarray) -> np.ndarray:
-    """Rotation by angle (F,), radians, about "X", "Y" or "Z" -> (F, 3, 3)."""
-    half = np.zeros((len(angle), 4))
-    half[:, 0] = np.cos(angle / 2)
-    half[:, 1 + "XYZ".index(axis)] = np.sin(angle / 2)
-    return _from_quaternion(half)
 
 
 if __name__ == "__main__":

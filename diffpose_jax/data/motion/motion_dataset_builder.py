@@ -30,7 +30,13 @@ from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 EMBEDDED = "embedded"
 _SPLITS = ("train", "test")
-_LEAST = {"train_views_per_frame": 1, "test_views_per_frame": 1, "test_stride": 1, "seed": 0}
+_LEAST = {
+    "fps": 0,
+    "train_views_per_frame": 1,
+    "test_views_per_frame": 1,
+    "test_stride": 1,
+    "seed": 0,
+}
 # TFDS sorts up to this much in memory and needs TensorFlow for more.
 _LARGEST_SPLIT_BYTES = 1000 << 20
 _EXAMPLE_BYTES = 3200
@@ -59,6 +65,10 @@ class MotionConfig(tfds.core.BuilderConfig):
 
     Attributes:
         source: "embedded", or a folder of the user's motion files (see `mocap.read_folder`).
+        fps: Frames a second that are enough: frames of faster clips are dropped, evenly, as long
+            as so many are left (see `mocap.thin`). 0 keeps all.
+        test_clips: Of a folder, a pattern for the names of test clips besides those under
+            `test/`: "03_*" holds out subject 3 of the CMU database. Empty for none.
         train_views_per_frame: How often each training frame is seen.
         test_views_per_frame: The same for test frames.
         test_stride: Only every n-th frame of a test clip is seen.
@@ -70,6 +80,8 @@ class MotionConfig(tfds.core.BuilderConfig):
     """
 
     source: str = EMBEDDED
+    fps: float = 0.0
+    test_clips: str = ""
     train_views_per_frame: int = 12
     test_views_per_frame: int = 12
     test_stride: int = 1
@@ -106,10 +118,15 @@ def builder_config(config: ml_collections.ConfigDict) -> MotionConfig:
     """
     made = _fill(MotionConfig(name=""), config.to_dict(), "data")
     for field, least in _LEAST.items():
-        if getattr(made, field) < least:
+        if not getattr(made, field) >= least:  # nan is refused, too
             raise ValueError(
                 f"data.{field} is {getattr(made, field)}; it must be at least {least}."
             )
+    if made.test_clips and made.source == EMBEDDED:
+        raise ValueError(
+            f"data.test_clips is {made.test_clips!r}, but the embedded clips have fixed splits; "
+            "leave it empty or set data.source to a folder."
+        )
     parameters = json.dumps(_parameters(made), sort_keys=True)
     digest = hashlib.sha256(parameters.encode() + _source_digest(made.source)).hexdigest()
     label = made.source if made.source == EMBEDDED else "folder"
@@ -229,7 +246,7 @@ class Motion(tfds.core.GeneratorBasedBuilder):
                         (NUM_HEATMAPS,), np.bool_, "behind another part of the body, MPII order"
                     ),
                     "clip": tfds.features.Text(doc="name of the recording"),
-                    "frame": tfds.features.Scalar(np.int32, doc="frame of the recording"),
+                    "frame": tfds.features.Scalar(np.int32, doc="frame of the clip, as thinned"),
                 }
             ),
             description="Motion capture seen by simulated cameras and a simulated detector.",
@@ -238,8 +255,10 @@ class Motion(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
         del dl_manager
         config = self.builder_config
-        source = config.source
-        clips = mocap.load_embedded() if source == EMBEDDED else mocap.read_folder(source)
+        if config.source == EMBEDDED:
+            clips = [mocap.thin(clip, config.fps) for clip in mocap.load_embedded()]
+        else:
+            clips = mocap.read_folder(config.source, fps=config.fps, test_clips=config.test_clips)
         return {
             split: self._generate_examples([clip for clip in clips if clip.split == split], split)
             for split in _SPLITS
@@ -257,7 +276,7 @@ class Motion(tfds.core.GeneratorBasedBuilder):
             raise ValueError(
                 f"The {split} split would have {total} examples; more than "
                 f"{_LARGEST_SPLIT_BYTES // _EXAMPLE_BYTES} cannot be sorted in memory. Use fewer "
-                f"views per frame (now {views}) or a larger stride."
+                f"views per frame (now {views}), fewer frames a second (fps) or a larger stride."
             )
         all_positions_mm = np.concatenate([clip.positions_mm for clip in clips])
         for clip in clips:
