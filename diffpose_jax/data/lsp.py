@@ -1,0 +1,106 @@
+"""Reads the pictures of `lsp_extended` (Johnson and Everingham, CVPR 2011), a user's own copy.
+
+Sports photographs for a look at the model in the wild: there is no 3D truth. The folder holds
+`images/im00001.jpg` and on, and `joints.mat` (MATLAB version 5) with `joints` (14, 3, N): x and y
+in pixels and whether the joint is visible. Coordinates of joints that are not visible mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from diffpose_jax import extras
+from diffpose_jax.data import cameras
+
+JOINTS: tuple[str, ...] = (
+    "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist",
+    "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck",
+    "head_top",
+)  # fmt: skip
+"""The joints of `joints.mat`, in its order."""
+
+_NAMED = 10
+
+
+class Picture(NamedTuple):
+    """A photograph of one person.
+
+    Attributes:
+        name: The file's, without folder and ending, such as "im00001".
+        image: (H, W, 3) uint8, RGB.
+        crop: One square (a batch of 1) around the visible joints, see `cameras.square_crop`.
+    """
+
+    name: str
+    image: np.ndarray
+    crop: cameras.Crop
+
+
+def read(folder: str | Path) -> Iterator[Picture]:
+    """Reads the pictures in the order of their numbers.
+
+    A picture with fewer than two visible joints is left out: nothing tells where to cut it.
+
+    Args:
+        folder: Holds `joints.mat` and `images`.
+
+    Returns:
+        The pictures; each image is read when its turn comes.
+
+    Raises:
+        FileNotFoundError: If the annotations or an image are missing; before the first picture.
+        ValueError: If a file is not what it should be; the message names it and says why.
+        MissingExtraError: If scipy is not installed.
+    """
+    folder = Path(folder)
+    joints = _read_joints(folder / "joints.mat")
+    paths = [folder / "images" / f"im{number:05d}.jpg" for number in range(1, len(joints) + 1)]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder / 'images'} lacks {len(missing)} of the {len(joints)} images in "
+            f"{folder / 'joints.mat'}: {', '.join(missing[:_NAMED])}"
+            + (" and more." if len(missing) > _NAMED else ".")
+        )
+    return _pictures(paths, joints)
+
+
+def _pictures(paths: list[Path], joints: np.ndarray) -> Iterator[Picture]:
+    for path, (*xy, visible) in zip(paths, joints.swapaxes(1, 2), strict=True):
+        seen_px = np.stack(xy, axis=-1)[visible > 0]
+        if len(seen_px) < 2:
+            continue
+        try:
+            with Image.open(path) as file:
+                image = np.asarray(file.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        yield Picture(path.stem, image, cameras.square_crop(seen_px[None]))
+
+
+def _read_joints(path: Path) -> np.ndarray:
+    """Reads `joints.mat`: (N, 14, 3) float64."""
+    io = extras.load("scipy.io", "lsp")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: give the folder of lsp_extended, which holds it and images."
+        )
+    try:
+        content = io.loadmat(path)
+    except Exception as error:  # damaged files make scipy raise errors of many kinds
+        raise ValueError(f"{path} is not a MATLAB version 5 file: {error}") from error
+    if "joints" not in content:
+        names = ", ".join(name for name in content if not name.startswith("__"))
+        raise ValueError(f"{path} has no array joints; it has {names}.")
+    joints = np.asarray(content["joints"], np.float64)
+    if joints.ndim != 3 or joints.shape[:2] != (len(JOINTS), 3):
+        raise ValueError(
+            f"{path}: joints is {joints.shape}; it must be (14, 3, N). The first LSP data set, "
+            "(3, 14, 2000), is not read."
+        )
+    return joints.transpose(2, 0, 1)
