@@ -17,8 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = h36m.get_config()
     config.model.joint_dropout = 0.1
     config.model.candidates = "per_hypothesis"
-    # float16 with loss scaling in the program; bfloat16 needs no scaling.
-    config.model.matmul_dtype = "bfloat16"
+    config.model.matmul_dtype = "float16"
+    config.data.prepared.input_px = 255
+    config.data.test_frames = "every_16th_row"
     config.training.batch_size = 32
     config.training.ema_decay = 0.995
     config.training.ema_every = 10

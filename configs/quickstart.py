@@ -24,11 +24,13 @@ def get_config() -> ml_collections.ConfigDict:
     model.encoder_layers = 1
     model.encoder_feed_forward = 256
     model.condition_size = 256
+    model.resnet_width = 16
     model.denoiser_width = 256
 
     training = config.training
     training.num_steps = 13_000
     training.draws_per_image = 4
+    training.steps_per_dispatch = 100
     training.learning_rate = 4e-3
     training.warmup_steps = 200
     training.decay = "cosine"
@@ -37,13 +39,16 @@ def get_config() -> ml_collections.ConfigDict:
 
     data = config.data
     data.name = "motion"
+    del data.prepared, data.test_frames
     data.predrawn_candidates = 96
+    data.calibration_share = 0.1
     data.builder = motion.default_config()
     data.builder.train_views_per_frame = 16
     data.builder.test_views_per_frame = 3
 
     evaluation = config.evaluation
     evaluation.weights = "ema"
+    evaluation.group_by = ()
     evaluation.regression_width = 512
     evaluation.regression_steps = 6_000
     return config

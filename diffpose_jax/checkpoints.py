@@ -64,7 +64,7 @@ class RunCheckpoints:
             return
         items: dict[str, Any] = {
             _PARAMS: ocp.args.StandardSave(state.params),
-            _OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
+            _OPTIMIZER: ocp.args.StandardSave(_optimizer_item(state)),
             _METADATA: ocp.args.JsonSave(self._metadata),
         }
         if state.ema is not None:
@@ -89,9 +89,7 @@ class RunCheckpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items: dict[str, Any] = {
             _PARAMS: ocp.args.StandardRestore(abstract.params),
-            _OPTIMIZER: ocp.args.StandardRestore(
-                {"step": abstract.step, "state": abstract.opt_state}
-            ),
+            _OPTIMIZER: ocp.args.StandardRestore(_optimizer_item(abstract)),
         }
         if state.ema is not None:
             items[_EMA] = ocp.args.StandardRestore(abstract.ema)
@@ -101,7 +99,13 @@ class RunCheckpoints:
             params=restored[_PARAMS],
             ema=restored[_EMA] if state.ema is not None else None,
             opt_state=restored[_OPTIMIZER]["state"],
+            loss_scale=restored[_OPTIMIZER].get("loss_scale"),
         )
+
+
+def _optimizer_item(state: training.TrainState) -> dict[str, Any]:
+    item = {"step": state.step, "state": state.opt_state}
+    return item if state.loss_scale is None else item | {"loss_scale": state.loss_scale}
 
 
 def load(checkpoint: str | Path, weights: str | None = None) -> model_lib.Model:

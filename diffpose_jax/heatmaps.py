@@ -96,6 +96,19 @@ def argmax(heatmaps: Array) -> HeatmapSamples:
     )
 
 
+def normalise(heatmaps: Array) -> Array:
+    """Divides each map by the sum of its positive cells: heights become probabilities.
+
+    Negative cells stay negative, and a map without a positive cell stays as it is.
+
+    Args:
+      heatmaps: (..., H, W).
+    """
+    heatmaps = heatmaps.astype(jnp.float32)
+    total = jnp.sum(jnp.maximum(heatmaps, 0.0), axis=(-2, -1), keepdims=True)
+    return heatmaps / jnp.where(total > 0, total, 1.0)
+
+
 def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, Array]:
     """Draws cells of one map with replacement, p proportional to max(height, 0).
 

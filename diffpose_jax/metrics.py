@@ -31,7 +31,10 @@ ECE_LEVELS: np.ndarray = np.linspace(0, 1, 21)
 BEST_AT: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 """Numbers of hypotheses at which the expected best error is reported."""
 
-_PCK_JOINTS = np.flatnonzero([name not in ("Hip", "Spine", "Nose") for name in H36M_JOINTS])
+PCK_JOINTS: np.ndarray = np.flatnonzero(
+    [name not in ("Hip", "Spine", "Nose") for name in H36M_JOINTS]
+)
+ALL_JOINTS: np.ndarray = np.arange(NUM_JOINTS)
 _CPS_JOINTS = np.flatnonzero([name != "Spine" for name in H36M_JOINTS])
 # (parent, joint) of the right limbs and clavicle. The pelvis is left out: the hip is the
 # midpoint of the two hips, so its halves are equal whatever was predicted.
@@ -53,18 +56,39 @@ def joint_errors(poses_mm: jax.Array, truth_mm: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum((poses_mm - truth_mm) ** 2, axis=-1))
 
 
-def pck(errors_mm: jax.Array) -> jax.Array:
+def pck(errors_mm: jax.Array, joints: np.ndarray = PCK_JOINTS) -> jax.Array:
     """Percentage of correct keypoints: errors strictly below 150 mm.
-
-    Over 14 joints (not the hip, spine and nose), as in the published program.
 
     Args:
         errors_mm: (..., 17) joint errors of root-aligned poses, millimetres.
+        joints: which joints count; by default 14, not the hip, spine and nose, as in the
+            published program.
 
     Returns:
         (...) percent.
     """
-    return 100 * jnp.mean(errors_mm[..., _PCK_JOINTS] < PCK_THRESHOLD_MM, axis=-1)
+    return 100 * jnp.mean(errors_mm[..., joints] < PCK_THRESHOLD_MM, axis=-1)
+
+
+def scale_corrected(poses_mm: jax.Array, truth_mm: jax.Array) -> jax.Array:
+    """Poses in the truth's size: scaled about the hip to its Frobenius norm.
+
+    What the published DiffPose program does before its scale-corrected PCK on MPI-INF-3DHP; the
+    field's N-MPJPE (Rhodin et al. 2018) takes the least-squares scale instead.
+
+    Args:
+        poses_mm: (..., 17, 3), millimetres, hip-centred.
+        truth_mm: (..., 17, 3), the same; leading axes of size 1 are broadcast.
+
+    Returns:
+        (..., 17, 3) millimetres.
+    """
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
+
+    size = norm(poses_mm)
+    return poses_mm * (norm(truth_mm) / jnp.where(size > 0, size, 1.0))
 
 
 def correct_poses_score(aligned_errors_mm: jax.Array) -> jax.Array:
@@ -85,6 +109,22 @@ def correct_poses_score(aligned_errors_mm: jax.Array) -> jax.Array:
     smallest = jnp.min(jnp.max(aligned_errors_mm[..., _CPS_JOINTS], axis=-1), axis=-1)
     above = jnp.maximum(CPS_MAX_THRESHOLD_MM - jnp.floor(smallest), 0)
     return jnp.maximum(above - 0.5, 0) - jnp.where(above == CPS_MAX_THRESHOLD_MM, 0.5, 0)
+
+
+def correct_poses_area(aligned_errors_mm: jax.Array) -> jax.Array:
+    """CPS as the paper words it: the area under the curve from 1 to 300 mm, over all joints.
+
+    The area under the step curve itself; `correct_poses_score` is the published program's
+    number, which samples the curve and leaves the spine out.
+
+    Args:
+        aligned_errors_mm: (..., M, 17) joint errors after alignment, millimetres.
+
+    Returns:
+        (...) millimetres, at most 299.
+    """
+    smallest = jnp.min(jnp.max(aligned_errors_mm, axis=-1), axis=-1)
+    return CPS_MAX_THRESHOLD_MM - jnp.clip(smallest, 1, CPS_MAX_THRESHOLD_MM)
 
 
 def symmetry_error(poses_mm: jax.Array) -> jax.Array:
@@ -251,8 +291,9 @@ def per_frame_metrics(hypotheses_mm: jax.Array, truth_mm: jax.Array) -> dict[str
           hypothesis, its mean over the hypotheses, and the MPJPE of the median hypothesis
           (not of the median pose; for an even M the mean of the middle two). Millimetres.
         * `pa_mpjpe_best`, `pa_mpjpe_mean`: the same after Procrustes alignment.
-        * `pck150_best`: `pck` of the best hypothesis, percent.
-        * `cps_best`: `correct_poses_score`, millimetres.
+        * `pck150_best`: `pck` of the best hypothesis, percent; `pck150_all_best`: over all 17
+          joints; `pck150_scaled_best`: of `scale_corrected` hypotheses.
+        * `cps_best`: `correct_poses_score`, millimetres; `cps_area_best`: `correct_poses_area`.
         * `symmetry`: `symmetry_error`, mean over the hypotheses, millimetres.
         * `energy_score`: mean over joints of E|X - y| - E|X - X'| / 2 with Euclidean norms
           and the unbiased mean over pairs (Gneiting and Raftery 2007), millimetres; proper,
@@ -277,6 +318,7 @@ def per_frame_metrics(hypotheses_mm: jax.Array, truth_mm: jax.Array) -> dict[str
     truths = truth_mm[:, None]
     errors = joint_errors(hypotheses_mm, truths)
     aligned_errors = joint_errors(procrustes_align(hypotheses_mm, truths), truths)
+    scaled_errors = joint_errors(scale_corrected(hypotheses_mm, truths), truths)
     mpjpe = jnp.sort(jnp.mean(errors, axis=-1), axis=1)
     pa_mpjpe = jnp.mean(aligned_errors, axis=-1)
     mpjpe_mean = jnp.mean(mpjpe, axis=1)
@@ -288,7 +330,10 @@ def per_frame_metrics(hypotheses_mm: jax.Array, truth_mm: jax.Array) -> dict[str
         "pa_mpjpe_best": jnp.min(pa_mpjpe, axis=1),
         "pa_mpjpe_mean": jnp.mean(pa_mpjpe, axis=1),
         "pck150_best": jnp.max(pck(errors), axis=1),
+        "pck150_all_best": jnp.max(pck(errors, ALL_JOINTS), axis=1),
+        "pck150_scaled_best": jnp.max(pck(scaled_errors), axis=1),
         "cps_best": correct_poses_score(aligned_errors),
+        "cps_area_best": correct_poses_area(aligned_errors),
         "symmetry": jnp.mean(symmetry_error(hypotheses_mm), axis=1),
         "energy_score": mpjpe_mean - mean_pairwise_distance(hypotheses_mm) / 2,
     }

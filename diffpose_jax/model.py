@@ -12,15 +12,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from diffpose_jax import diffusion, sampling
 from diffpose_jax import heatmaps as heatmaps_lib
 from diffpose_jax.denoiser import Denoiser
 from diffpose_jax.embedding_transformer import EmbeddingTransformer
 from diffpose_jax.heatmaps import HeatmapSamples
-from diffpose_jax.skeleton import H36M_JOINTS, NUM_JOINTS
+from diffpose_jax.plain_encoders import CandidateVector, HeatmapResNet
+from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 Params = Mapping[str, Any]
+
+Encoder = EmbeddingTransformer | CandidateVector | HeatmapResNet
+Evidence = HeatmapSamples | Array
+"""What an encoder reads: candidates (..., S, 16), or the heatmaps (..., 16, 64, 64) themselves."""
 
 MAX_IMAGES = 64
 """Images that `Model.sample` works on at a time."""
@@ -66,53 +72,72 @@ class DiffPose:
     """The networks and the diffusion process, without parameters: pure functions of arrays.
 
     Attributes:
-      encoder: candidates -> condition.
+      encoder: candidates -> condition, or heatmaps -> condition.
       denoiser: eps(x_t, t, condition).
       schedule: the noise schedule.
       pose_scale: units of the pose vector per metre.
       clip: bound of the predicted x_0, in these units.
       num_samples: S, candidates per joint.
       include_argmax: whether the first candidate is the heatmap's argmax.
+      normalised_likelihood: whether a candidate's likelihood is its probability, or the raw
+        height of the heatmap.
       candidates_per_hypothesis: whether each hypothesis draws candidates of its own, and so
         has a condition of its own, or the hypotheses of an image share one.
     """
 
-    encoder: EmbeddingTransformer
+    encoder: Encoder
     denoiser: Denoiser
     schedule: diffusion.Schedule
     pose_scale: float
     clip: float
     num_samples: int
     include_argmax: bool
+    normalised_likelihood: bool
     candidates_per_hypothesis: bool
+
+    @property
+    def reads_heatmaps(self) -> bool:
+        """Whether the condition comes from the heatmaps themselves, without candidates."""
+        return isinstance(self.encoder, HeatmapResNet)
+
+    @property
+    def matmul_dtype(self) -> DTypeLike:
+        """Type of the matrix products."""
+        return self.denoiser.dtype
 
     def init(self, key: Array) -> Params:
         """Draws parameters: {"encoder": .., "denoiser": ..}, float32."""
         encoder_key, denoiser_key = jax.random.split(key)
-        shape = (self.num_samples, heatmaps_lib.NUM_HEATMAPS)
-        samples = HeatmapSamples(jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-        condition, encoder = self.encoder.init_with_output(encoder_key, samples)
+        maps = jnp.zeros((NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE))
+        evidence = self.draw_evidence(encoder_key, maps)
+        condition, encoder = self.encoder.init_with_output(encoder_key, evidence)
 
         def both(denoiser: Denoiser, condition: Array) -> Array:
             x_t, t = jnp.zeros(POSE_SIZE), jnp.zeros((), jnp.int32)
             return denoiser(x_t, t, denoiser.project_condition(condition))
 
         denoiser = self.denoiser.init(denoiser_key, condition, method=both)
-        return {"encoder": encoder["params"], "denoiser": denoiser["params"]}
+        return {"encoder": encoder.get("params", {}), "denoiser": denoiser["params"]}
 
     def draw_candidates(self, key: Array, heatmaps: Array) -> HeatmapSamples:
         """Draws the candidates of one image: heatmaps (16, 64, 64) -> S x 16 candidates."""
+        if self.normalised_likelihood:
+            heatmaps = heatmaps_lib.normalise(heatmaps)
         return heatmaps_lib.sample(
             key, heatmaps, self.num_samples, include_argmax=self.include_argmax
         )
 
+    def draw_evidence(self, key: Array, heatmaps: Array) -> Evidence:
+        """What the encoder reads of one image's heatmaps (16, 64, 64): candidates, mostly."""
+        return heatmaps if self.reads_heatmaps else self.draw_candidates(key, heatmaps)
+
     def condition(
-        self, params: Params, samples: HeatmapSamples, dropout_key: Array | None = None
+        self, params: Params, evidence: Evidence, dropout_key: Array | None = None
     ) -> Array:
         """Candidates (..., S, 16) to conditions (..., C); with a key, as in training."""
         return self.encoder.apply(
             {"params": params["encoder"]},
-            samples,
+            evidence,
             deterministic=dropout_key is None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
@@ -128,14 +153,14 @@ class DiffPose:
         return self.denoiser.apply({"params": params["denoiser"]}, x_t, t, projected)
 
     def loss(
-        self, params: Params, key: Array, samples: HeatmapSamples, x_0: Array, num_draws: int = 1
+        self, params: Params, key: Array, evidence: Evidence, x_0: Array, num_draws: int = 1
     ) -> Array:
         """Training loss of one image.
 
         Args:
           params: parameters.
           key: a random key, for dropout, times and noise.
-          samples: candidates, (S, 16).
+          evidence: candidates, (S, 16), or what else the encoder reads.
           x_0: (48,), the pose vector.
           num_draws: how many times and noises to draw under the one condition.
 
@@ -143,7 +168,7 @@ class DiffPose:
           The mean squared error of the predicted noise, a scalar.
         """
         dropout_key, noise_key = jax.random.split(key)
-        condition = self.condition(params, samples, dropout_key)
+        condition = self.condition(params, evidence, dropout_key)
         projected = self.project_condition(params, condition)[None]
         t, noise = diffusion.draw_time_and_noise(noise_key, self.schedule, (num_draws, POSE_SIZE))
         return diffusion.noise_prediction_loss(
@@ -163,8 +188,8 @@ class DiffPose:
             """(W,), or (M, W) if each hypothesis draws its own candidates."""
 
             def projected(key: Array) -> Array:
-                samples = self.draw_candidates(key, heatmaps)
-                return self.project_condition(params, self.condition(params, samples))
+                evidence = self.draw_evidence(key, heatmaps)
+                return self.project_condition(params, self.condition(params, evidence))
 
             if not self.candidates_per_hypothesis:
                 return projected(key)
@@ -261,10 +286,12 @@ class Model:
 
 def build(
     *,
+    encoder: str,
     num_samples: int,
     include_argmax: bool,
     candidates: str,
     coordinates: str,
+    likelihood: str,
     likelihood_scaling: bool,
     num_kernels: int,
     cross_spatial: bool,
@@ -274,6 +301,7 @@ def build(
     encoder_feed_forward: int,
     encoder_dropout: float,
     condition_size: int,
+    resnet_width: int,
     denoiser_width: int,
     denoiser_blocks: int,
     diffusion_steps: int,
@@ -290,6 +318,10 @@ def build(
     """
     if num_samples < 1:
         raise ValueError(f"config.model.num_samples must be at least 1, not {num_samples}")
+    if resnet_width < 4 or resnet_width % 4:
+        raise ValueError(
+            f"config.model.resnet_width must be a positive multiple of 4, not {resnet_width}"
+        )
     if num_kernels < 2:
         raise ValueError(f"config.model.num_kernels must be at least 2, not {num_kernels}")
     if encoder_heads < 1 or 2 * num_kernels % encoder_heads:
@@ -298,10 +330,12 @@ def build(
             f" = {2 * num_kernels}"
         )
     dtype = _choice(
-        "matmul_dtype", matmul_dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+        "matmul_dtype",
+        matmul_dtype,
+        {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16},
     )
-    return DiffPose(
-        encoder=EmbeddingTransformer(
+    encoders = {
+        "embedding": EmbeddingTransformer(
             num_kernels=num_kernels,
             condition_size=condition_size,
             num_layers=encoder_layers,
@@ -314,6 +348,11 @@ def build(
             standardise=_choice("coordinates", coordinates, {"image": False, "standardised": True}),
             dtype=dtype,
         ),
+        "candidates": CandidateVector(likelihood_scaling=likelihood_scaling),
+        "heatmaps": HeatmapResNet(width=resnet_width, dtype=dtype),
+    }
+    return DiffPose(
+        encoder=_choice("encoder", encoder, encoders),
         denoiser=Denoiser(
             pose_size=POSE_SIZE, width=denoiser_width, num_blocks=denoiser_blocks, dtype=dtype
         ),
@@ -322,6 +361,9 @@ def build(
         clip=clip,
         num_samples=num_samples,
         include_argmax=include_argmax,
+        normalised_likelihood=_choice(
+            "likelihood", likelihood, {"height": False, "probability": True}
+        ),
         candidates_per_hypothesis=_choice(
             "candidates", candidates, {"per_image": False, "per_hypothesis": True}
         ),

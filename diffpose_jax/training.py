@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from flax.training.dynamic_scale import DynamicScale
 from jax import Array
 
 from diffpose_jax import config as config_lib
 from diffpose_jax import model as model_lib
-from diffpose_jax.heatmaps import HeatmapSamples
 
 DEVICES = "devices"
 """Name of the pmapped axis."""
@@ -32,7 +33,7 @@ class Batch:
       pose_mm: (..., 17, 3), millimetres.
     """
 
-    evidence: Array | HeatmapSamples
+    evidence: model_lib.Evidence
     pose_mm: Array
 
 
@@ -45,12 +46,15 @@ class TrainState:
       params: parameters.
       ema: their exponential moving average, None without one.
       opt_state: the optimizer's state.
+      loss_scale: factor of the loss that keeps float16 gradients from vanishing, None for the
+        other types; it halves, and the step is left out, when a gradient overflows.
     """
 
     step: Array
     params: model_lib.Params
     ema: model_lib.Params | None
     opt_state: optax.OptState
+    loss_scale: DynamicScale | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +68,8 @@ class Trainer:
       num_steps: optimizer steps of the whole run.
       batch_size: images a step, over all devices.
       draws_per_image: times and noises drawn under each condition.
-      ema_decay: decay of the moving average of the parameters, 0 for none.
+      ema_decay: decay of the moving average of the parameters, 0 for none; of update n it is at
+        most (1 + n) / (10 + n).
       ema_every: steps between its updates.
       steps_per_dispatch: optimizer steps per call of the devices.
       checkpoint_every: steps between checkpoints.
@@ -92,7 +97,15 @@ class Trainer:
             # A copy: the state is donated, and one buffer cannot be given away twice.
             ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
             opt_state=self.optimizer.init(params),
+            loss_scale=_initial_scale() if self.network.matmul_dtype == jnp.float16 else None,
         )
+
+
+def _initial_scale() -> DynamicScale:
+    """Flax's defaults, which are also PyTorch's, as arrays: a state is donated and saved."""
+    scale = DynamicScale()
+    # Of the types that a step gives, or the second dispatch would be compiled anew.
+    return scale.replace(fin_steps=jnp.int32(scale.fin_steps), scale=jnp.float32(scale.scale))
 
 
 def from_config(network: model_lib.DiffPose, config: ml_collections.ConfigDict) -> Trainer:
@@ -204,7 +217,7 @@ def train_step(
         return network.loss(
             params,
             loss_key,
-            _candidates(network, candidate_key, image.evidence),
+            _evidence(network, candidate_key, image.evidence),
             model_lib.pose_to_vector(image.pose_mm, network.pose_scale),
             trainer.draws_per_image,
         )
@@ -212,28 +225,55 @@ def train_step(
     def batch_loss(params: model_lib.Params) -> Array:
         return jnp.mean(jax.vmap(image_loss, in_axes=(None, 0, 0))(params, keys, batch))
 
-    loss, grads = jax.value_and_grad(batch_loss)(state.params)
+    loss_scale = state.loss_scale
+    if loss_scale is None:
+        loss, grads = jax.value_and_grad(batch_loss)(state.params)
+        if axis_name is not None:
+            grads = jax.lax.pmean(grads, axis_name)
+    else:
+        loss_scale, finite, loss, grads = loss_scale.value_and_grad(
+            batch_loss, axis_name=axis_name
+        )(state.params)
     if axis_name is not None:
-        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        loss = jax.lax.pmean(loss, axis_name)
     updates, opt_state = trainer.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if loss_scale is not None:
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
     step = state.step + 1
     ema = state.ema
     if ema is not None:
-        rate = jnp.where(step % trainer.ema_every == 0, 1.0 - trainer.ema_decay, 0.0)
+        # Young averages forget faster, or the random first weights would stay in them for long.
+        num_updates = (step // trainer.ema_every).astype(jnp.float32)
+        decay = jnp.minimum(trainer.ema_decay, (1.0 + num_updates) / (10.0 + num_updates))
+        rate = jnp.where(step % trainer.ema_every == 0, 1.0 - decay, 0.0)
         ema = jax.tree.map(lambda average, new: average + rate * (new - average), ema, params)
-    return TrainState(step=step, params=params, ema=ema, opt_state=opt_state), loss
+    new_state = TrainState(
+        step=step, params=params, ema=ema, opt_state=opt_state, loss_scale=loss_scale
+    )
+    return new_state, loss
 
 
-def _candidates(
-    network: model_lib.DiffPose, key: Array, evidence: Array | HeatmapSamples
-) -> HeatmapSamples:
-    if isinstance(evidence, HeatmapSamples):
-        return evidence
-    return network.draw_candidates(key, evidence)
+def _evidence(
+    network: model_lib.DiffPose, key: Array, evidence: model_lib.Evidence
+) -> model_lib.Evidence:
+    """What the encoder reads, drawn from heatmaps now unless that was done before."""
+    return network.draw_evidence(key, evidence) if isinstance(evidence, Array) else evidence
 
 
-Dispatch = Callable[[TrainState, Array, Batch], tuple[TrainState, Array]]
+class Held(Protocol):
+    """A data set that lies on the devices: a pytree of arrays, the same on each."""
+
+    def batch(self, selection: Any) -> Batch:
+        """The examples of a selection with leading axis B."""
+        ...
+
+
+Dispatch = Callable[[TrainState, Array, Any, Held | None], tuple[TrainState, Array]]
 
 
 def make_dispatch(trainer: Trainer, devices: list[jax.Device] | None = None) -> Dispatch:
@@ -244,33 +284,45 @@ def make_dispatch(trainer: Trainer, devices: list[jax.Device] | None = None) -> 
       devices: the devices, all local ones by default.
 
     Returns:
-      (state, key, batch) -> (state, losses): batch has leading axes (D, steps, B / D), losses
-      is (steps,). The state is donated.
+      (state, key, batch, held) -> (state, losses): batch has leading axes (D, steps, B / D),
+      losses is (steps,). With `held`, None without, the batch says which of its examples to take.
+      The state is donated.
     """
 
     @functools.partial(
         jax.pmap,
         axis_name=DEVICES,
-        in_axes=(None, None, 0),
+        in_axes=(None, None, 0, None),
         out_axes=(None, None),
         donate_argnums=0,
         devices=devices,
     )
-    def dispatch(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Array]:
-        return jax.lax.scan(
-            lambda state, batch: train_step(trainer, state, key, batch, DEVICES), state, batch
-        )
+    def dispatch(
+        state: TrainState, key: Array, batch: Any, held: Held | None
+    ) -> tuple[TrainState, Array]:
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, Array]:
+            batch = batch if held is None else held.batch(batch)
+            return train_step(trainer, state, key, batch, DEVICES)
+
+        return jax.lax.scan(step, state, batch)
 
     return dispatch
 
 
-def shard(batch: Batch, num_devices: int) -> Batch:
+_T = TypeVar("_T")
+
+
+def shard(batch: _T, num_devices: int) -> _T:
     """Splits images over devices: (steps, B, ..) -> (D, steps, B / D, ..), image i on i // (B / D).
+
+    Args:
+      batch: a pytree of arrays (steps, B, ..).
+      num_devices: D.
 
     Raises:
       ValueError: if the devices do not divide the batch.
     """
-    steps, batch_size = batch.pose_mm.shape[:2]
+    steps, batch_size = jax.tree.leaves(batch)[0].shape[:2]
     if batch_size % num_devices:
         raise ValueError(
             f"config.training.batch_size = {batch_size} cannot be split over {num_devices} devices"
@@ -287,8 +339,9 @@ def run(
     trainer: Trainer,
     state: TrainState,
     key: Array,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     devices: list[jax.Device] | None = None,
+    held: Held | None = None,
 ) -> Iterator[tuple[TrainState, np.ndarray]]:
     """Trains on all local devices, one dispatch of several steps at a time.
 
@@ -296,8 +349,9 @@ def run(
       trainer: model and optimizer.
       state: where to begin; it is donated.
       key: the run's training key.
-      batches: one `Batch` a dispatch, leading axes (steps, B).
+      batches: one `Batch` a dispatch, leading axes (steps, B); with `held`, selections of it.
       devices: the devices, all local ones by default.
+      held: a data set that is to lie on the devices, so that no batch has to travel there.
 
     Yields:
       The state after each dispatch, to be used before the next is asked for, and the losses
@@ -309,8 +363,11 @@ def run(
     dispatch = make_dispatch(trainer, devices)
     num_devices = len(devices or jax.local_devices())
     step = int(state.step)
+    # Once, and as the dispatch wants it: anything else would be copied at every call.
+    put = jax.pmap(lambda _, x: x, in_axes=(0, None), out_axes=None, devices=devices)
+    held = put(np.zeros(num_devices), held)
     for batch in batches:
-        state, losses = dispatch(state, key, shard(batch, num_devices))
+        state, losses = dispatch(state, key, shard(batch, num_devices), held)
         losses = check_losses(step, losses)
         step += len(losses)
         yield state, losses

@@ -9,7 +9,21 @@ from absl import app, logging
 
 from diffpose_jax.checkpoints import CheckpointError
 from diffpose_jax.config import ConfigError
+from diffpose_jax.extras import MissingExtraError
+from diffpose_jax.pictures import PictureError
+from diffpose_jax.prediction import PredictionError
+from diffpose_jax.torch_weights import WeightsError
 from diffpose_jax.training import NonFiniteLossError
+
+_USERS_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    NonFiniteLossError,
+    PictureError,
+    PredictionError,
+    WeightsError,
+)
 
 # Orbax has an info for every file that it touches. `--verbosity=0` brings them back.
 logging.set_verbosity(logging.WARNING)
@@ -21,7 +35,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     def wrapped(arguments: list[str]) -> None:
         try:
             main(arguments)
-        except (CheckpointError, ConfigError, NonFiniteLossError) as error:
+        except _USERS_ERRORS as error:
             sys.exit(f"error: {error}")
 
     def parse(arguments: list[str]) -> list[str]:

@@ -33,10 +33,12 @@ def small_config(**training) -> ml_collections.ConfigDict:
     )
     config.training.update(training)
     config.data.name = "motion"
+    del config.data.prepared, config.data.test_frames
     config.data.builder = motion.default_config()
     config.evaluation.update(
         num_hypotheses=20,
         batch_size=8,
+        group_by=(),
         regression_width=8,
         regression_steps=10,
         report_frames=2,

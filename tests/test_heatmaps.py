@@ -163,6 +163,37 @@ def test_the_key_decides():
     assert (first[1:] != other[1:]).mean() > 0.99
 
 
+# --- probabilities -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_heights_become_probabilities(dtype):
+    maps = np.random.default_rng(19).normal(size=(2, 3, 64, 64)).astype(dtype)
+    maps[0, 1] = -np.abs(maps[0, 1])  # no positive cell: it stays as it is
+    maps[1, 2] = 0
+    total = np.maximum(np.float64(maps), 0).sum((2, 3), keepdims=True)
+    expected = np.float64(maps) / np.where(total > 0, total, 1)
+    normalised = heatmaps.normalise(jnp.asarray(maps))
+    assert normalised.dtype == jnp.float32
+    np.testing.assert_allclose(normalised, expected, rtol=1e-5)
+    sums = np.maximum(np.float64(normalised), 0).sum((2, 3))
+    np.testing.assert_allclose(sums, total[..., 0, 0] > 0, atol=1e-5)
+
+
+def test_probabilities_are_drawn_as_heights_are():
+    maps = jnp.asarray(np.random.default_rng(20).normal(size=(16, 64, 64)), jnp.float32)
+    maps = maps.at[3].set(-0.2)
+    total = np.maximum(np.float64(maps), 0).sum((1, 2))
+    heights = sample(jax.random.key(21), maps, 32)
+    shares = sample(jax.random.key(21), heatmaps.normalise(maps), 32)
+    # Rounding may move a draw to the neighbouring cell.
+    same = np.asarray(heights.cells) == np.asarray(shares.cells)
+    assert same.mean() > 0.99
+    expected = np.asarray(heights.likelihood) / np.where(total > 0, total, 1)
+    np.testing.assert_allclose(shares.likelihood[same], expected[same], rtol=1e-5)
+    assert not np.asarray(shares.likelihood)[:, 3].any()
+
+
 # --- heatmaps from outside ---------------------------------------------------------------
 
 

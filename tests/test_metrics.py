@@ -44,6 +44,8 @@ def brute_force(hypotheses, truth):
     aligned = np.array([align_by_svd(pose, truth) for pose in hypotheses])
     aligned_errors = np.linalg.norm(aligned - truth, axis=-1)
     mpjpe = errors.mean(1)
+    scaled = [pose * np.linalg.norm(truth) / np.linalg.norm(pose) for pose in hypotheses]
+    scaled_errors = np.linalg.norm(scaled - truth, axis=-1)
 
     pck_joints = [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16]
     no_spine = [j for j in range(17) if j != 7]
@@ -71,7 +73,10 @@ def brute_force(hypotheses, truth):
         "pa_mpjpe_best": aligned_errors.mean(1).min(),
         "pa_mpjpe_mean": aligned_errors.mean(),
         "pck150_best": 100 * (errors[:, pck_joints] < 150).mean(1).max(),
+        "pck150_all_best": 100 * (errors < 150).mean(1).max(),
+        "pck150_scaled_best": 100 * max((e[pck_joints] < 150).mean() for e in scaled_errors),
         "cps_best": np.trapezoid(correct, np.arange(1, 301)),
+        "cps_area_best": max(300 - max(1, min(e.max() for e in aligned_errors)), 0),
         "symmetry": np.mean(symmetry),
         "energy_score": mpjpe.mean() - (np.mean(pairs) / 2 if M > 1 else 0),
     }

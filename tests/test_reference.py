@@ -16,6 +16,8 @@ from diffpose_jax import config as config_lib
 from diffpose_jax import diffusion, heatmaps, metrics, model, sampling, torch_weights
 from diffpose_jax.alignment import procrustes_align
 from diffpose_jax.channel_embedding import channel_embedding
+from diffpose_jax.data.human36m import every_16th_row, released
+from diffpose_jax.detectors import Detector, hrnet
 from diffpose_jax.heatmaps import HeatmapSamples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -250,3 +252,55 @@ def test_ece_quantile(load, frame_metrics):
     """A share of the hypotheses: nothing but the right count will do."""
     expected = load("metrics_case.npz")["ece_quantile"]
     assert_close(frame_metrics["ece_quantile"], expected, absolute=1e-6)
+
+
+# --- the detector ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hrnet_case(load, reference_dir):
+    """The case of HRNet: arrays and the detector with the case's weights."""
+    case = load("hrnet_case.npz")
+    spec = reference_dir / "hrnet_w32_state_dict.json"
+    spec = spec if spec.exists() else GOLDEN / spec.name
+    params = hrnet.from_torch(seeded_weights(spec, int(case["weights_seed"])))
+    return case, Detector(hrnet.HRNet(), hrnet.preprocess, params, input_px=256)
+
+
+def test_hrnet(hrnet_case):
+    case, detector = hrnet_case
+    heatmaps = detector.heatmaps(case["image"][None])
+    assert_close(heatmaps[0], case["heatmaps"], of_std=1e-4)
+
+
+# --- data --------------------------------------------------------------------------------
+
+
+def test_released_data_file(reference_dir, load):
+    """The file of the published preprocessing, by the reader, to what its program trains on."""
+    case, path = load("h36m_released_format.npz"), reference_dir / "h36m_released_format.h5"
+    if not path.exists():
+        pytest.skip(f"{reference_dir} holds no {path.name}")
+    released.check(path, "standard")
+    columns = {}
+    for split in ("train", "test"):
+        chunks = [
+            chunk
+            for piece in released.pieces(path, "standard", split)
+            for chunk in released.read(path, "standard", split, piece)
+        ]
+        columns[split] = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+    test = columns["test"]
+    columns["h36ma"] = {name: values[test["hard"]] for name, values in test.items()}
+    every_16th = every_16th_row(test["row"])
+    columns["test_every64"] = {name: values[every_16th] for name, values in test.items()}
+    for subset, found in columns.items():
+        assert_close(found["pose_mm"], case[f"{subset}/gt_mm"], absolute=1e-3)
+        if f"{subset}/pose_m" not in case:
+            continue
+        vector = model.pose_to_vector(jnp.asarray(found["pose_mm"]), pose_scale=1.0)
+        pose_m = jnp.swapaxes(vector.reshape(-1, 3, 16), 1, 2)
+        assert_close(pose_m, case[f"{subset}/pose_m"], absolute=5e-6)
+        assert found["action"].tolist() == case[f"{subset}/action"].tolist()
+        sums = np.float64(found["heatmaps"]).sum((2, 3))
+        assert_close(sums, case[f"{subset}/heatmap_sum"], relative=1e-5)

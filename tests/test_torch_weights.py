@@ -11,7 +11,8 @@ from small_model import small_network
 
 from configs import h36m
 from diffpose_jax import config as config_lib
-from diffpose_jax import model, torch_weights
+from diffpose_jax import diffusion, model, torch_weights
+from diffpose_jax.torch_weights import WeightsError
 
 SPEC = json.loads((Path(__file__).parent / "golden" / "diffpose_state_dict.json").read_text())
 
@@ -118,3 +119,75 @@ def test_a_bad_tensor_is_named(name, value, problem):
     with pytest.raises(ValueError, match=f"{problem}.*configuration") as error:
         torch_weights.from_torch(tensors, shapes_of(network))
     assert str(error.value).count("tensor ") == 1
+
+
+# --- the noise schedule ------------------------------------------------------------------
+
+
+def test_schedule_buffers_are_the_published_programs():
+    with np.load(Path(__file__).parent / "golden" / "diffpose_case.npz") as case:
+        golden = {
+            name.removeprefix("schedule/"): case[name]
+            for name in case.files
+            if name.startswith("schedule/")
+        }
+    buffers = torch_weights.schedule_buffers(diffusion.cosine_schedule(25, 0.008, 0.999))
+    kept = np.cumprod(1 - np.float64(golden["betas"]))
+    variance = np.float64(golden["posterior_variance"])
+    expected = golden | {
+        "sqrt_alphas_cumprod": np.sqrt(kept),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - kept),
+        "log_one_minus_alphas_cumprod": np.log(1 - kept),
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "p2_loss_weight": np.ones(25),
+    }
+    assert variance[0] == 0
+    assert len(expected) == 13
+    assert buffers.keys() == expected.keys()
+    for name, values in buffers.items():
+        assert (values.dtype, values.shape) == (np.float32, (25,))
+        np.testing.assert_allclose(values, expected[name], rtol=5e-5, err_msg=name)
+    assert set(torch_weights.unused(buffers)) == set(buffers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [((25, 0.008, 0.999), True), ((24, 0.008, 0.999), False), ((25, 0.009, 0.999), False),
+     ((25, 0.008, 0.99), False)],
+)  # fmt: skip
+def test_the_schedule_of_the_weights_is_checked(arguments, fits):
+    schedule = diffusion.cosine_schedule(25, 0.008, 0.999)
+    tensors = torch_weights.schedule_buffers(diffusion.cosine_schedule(*arguments))
+    if fits:
+        torch_weights.check_schedule(tensors, schedule)
+        torch_weights.check_schedule({}, schedule)  # a state dict without it
+    else:
+        with pytest.raises(WeightsError, match=f"of {arguments[0]} steps, than .* 25; see"):
+            torch_weights.check_schedule(tensors, schedule)
+
+
+def test_the_whole_state_dict():
+    """Parameters, constants, and neutral values for what the program never uses."""
+    network = deep_network()
+    params = random_params(network, seed=6)
+    tensors = torch_weights.state_dict(params, network.schedule)
+    parameters = torch_weights.to_torch(params)
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    centres = tensors["condition_emb.pos_encoder.centers"]
+    np.testing.assert_allclose(centres, np.linspace(-1, 1, 8), atol=1e-6)
+    statistics = {
+        f"denoise_fn.res_pose{block}.bn{layer}.{kind}"
+        for block in (1, 2)
+        for layer in (1, 2)
+        for kind in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    constants = {"condition_emb.pos_encoder.centers", *statistics,
+                 *torch_weights.schedule_buffers(network.schedule)}  # fmt: skip
+    assert tensors.keys() == parameters.keys() | constants
+    for name in statistics:
+        assert (tensors[name] == name.endswith("running_var")).all()
+        is_count = name.endswith("num_batches_tracked")
+        assert tensors[name].shape == (() if is_count else (32,))
+        assert tensors[name].dtype == (np.int64 if is_count else np.float32)
+    assert_same_params(torch_weights.from_torch(tensors, shapes_of(network)), params)

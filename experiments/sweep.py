@@ -1,0 +1,174 @@
+"""Trains and evaluates several configurations over several seeds; prints the table.
+
+    python -m experiments.sweep --configs configs/ablations.py:quickstart/components --seeds 0,1,2 \
+        --output runs/components -- --config.training.num_steps=4000
+
+`--configs` lists configuration files; `configs/ablations.py` also takes the name of a table for all
+of its rows. What follows `--` goes to every training. Run again, it does what is not finished;
+configurations that differ only in their number of hypotheses share one training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags
+
+import experiments
+from configs import ablations
+from diffpose_jax import files, published, tables
+from diffpose_jax.config import ConfigError
+
+CONFIGS = flags.DEFINE_list("configs", None, "Configuration files, with :NAME where they take one.")
+SEEDS = flags.DEFINE_list("seeds", ["42", "2967", "6173", "5478", "989"], "Default: the paper's.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of all the runs and of the tables.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: TFDS's.")
+
+
+def expand(specs: list[str]) -> dict[str, str]:
+    """{row: configuration file with argument}; a table of the ablations becomes its rows.
+
+    Raises:
+      ConfigError: if two configurations would have rows of one name.
+    """
+    rows = {}
+    for spec in specs:
+        path, _, argument = spec.partition(":")
+        base, _, name = argument.rpartition("/")
+        names = ablations.TABLES.get(name, (name,)) if argument else (None,)
+        for name in names:
+            row = name or Path(path).stem
+            config = f"{path}:{base + '/' if base else ''}{name}" if name else path
+            if rows.setdefault(row, config) != config:
+                raise ConfigError(f"--configs: {rows[row]} and {config} are both called {row}")
+    return rows
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """Reads a configuration file, as `--config` does.
+
+    Raises:
+      ConfigError: if there is no such file or name.
+    """
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--configs: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        return module.get_config(*([argument] if argument else []))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--configs: {spec}: {error}") from error
+
+
+def trained_by(configs: dict[str, ml_collections.ConfigDict]) -> dict[str, str]:
+    """{row: the first row whose training is the same}."""
+    first: dict[str, str] = {}
+    shared = {}
+    for row, config in configs.items():
+        fields = config.to_dict()
+        del fields["evaluation"]["num_hypotheses"]
+        shared[row] = first.setdefault(json.dumps(fields, sort_keys=True), row)
+    return shared
+
+
+def sweep(
+    rows: dict[str, str],
+    seeds: list[int],
+    output: Path,
+    overrides: list[str],
+    data_dir: str | None = None,
+) -> list[str]:
+    """Does the runs that are not finished, seed by seed; returns those that failed.
+
+    Raises:
+      ConfigError: if a configuration cannot be read, or the sweep was begun with other overrides.
+    """
+    configs = {row: load_config(spec) for row, spec in rows.items()}
+    training_of = trained_by(configs)
+    begun = output / "sweep.json"
+    settings = {"overrides": overrides}
+    if begun.exists() and json.loads(begun.read_text()) != settings:
+        raise ConfigError(
+            f"{output} was begun with other settings after -- ({begun}): choose another --output"
+        )
+    files.write_json(begun, settings)
+    # Seeds of one configuration, and many of the rows, compile to the same programs.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str((output / "compiled").absolute())}
+    failed = []
+    runs = [(row, seed) for seed in seeds for row in rows]
+    for number, (row, seed) in enumerate(runs, start=1):
+        folder = output / row / f"seed_{seed}"
+        if (folder / "results.json").exists():
+            continue
+        print(f"{number} of {len(runs)}: {row}, seed {seed}", flush=True)
+        trained = output / training_of[row] / f"seed_{seed}"
+        if training_of[row] == row:
+            program = ["train", "--config", rows[row], "--workdir", str(folder)]
+            program += [f"--config.seed={seed}", "--config.evaluation.controls=False", *overrides]
+        else:
+            program = ["evaluate", "--checkpoint", str(trained), "--output", str(folder)]
+            ours, theirs = (
+                configs[name].evaluation.num_hypotheses for name in (row, training_of[row])
+            )
+            # An equal number stays unsaid: an override may have changed the training's.
+            program += [f"--num_hypotheses={ours}"] * (ours != theirs)
+        program += ["--data_dir", data_dir] if data_dir else []
+        command = [sys.executable, "-m", f"experiments.{program[0]}", *program[1:]]
+        if subprocess.run(command, check=False, env=os.environ | cache).returncode:
+            failed.append(f"{row}, seed {seed}")
+    return failed
+
+
+def table(
+    rows: dict[str, str], seeds: list[int], output: Path, subset: str, is_published: bool
+) -> tables.Table:
+    """The finished runs' metrics on a subset, over the seeds, with the published rows below."""
+    columns = tuple(tables.COLUMNS)
+    lines = []
+    for row in rows:
+        paths = [output / row / f"seed_{seed}" / "results.json" for seed in seeds]
+        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        metrics = [r["subsets"][subset]["model"] for r in results if subset in r["subsets"]]
+        values = {c: [m[c] for m in metrics if c in m] for c in columns}
+        lines.append((row, values))
+        if is_published and subset == "ambiguous" and row in published.ABLATIONS:
+            numbers = published.ABLATIONS[row]
+            lines.append((f"{row}, published", {c: [v] for c, v in numbers.items()}))
+    return tables.Table(columns, tuple(lines))
+
+
+def main(overrides: list[str]) -> None:
+    """Runs the sweep."""
+    if not CONFIGS.value or OUTPUT.value is None:
+        raise app.UsageError(
+            "--configs and --output are needed; try"
+            " --configs configs/ablations.py:quickstart/components --output runs/components"
+        )
+    try:
+        seeds = [int(seed) for seed in SEEDS.value]
+    except ValueError as error:
+        raise app.UsageError(f"--seeds must be integers: {error}") from error
+    rows, output = expand(CONFIGS.value), Path(OUTPUT.value)
+    failed = sweep(rows, seeds, output, overrides[1:], DATA_DIR.value)
+    is_published = all(load_config(spec).data.name == "human36m" for spec in rows.values())
+    text = ""
+    for subset in ("all", "ambiguous"):
+        of_subset = table(rows, seeds, output, subset, is_published)
+        text += f"{subset} frames, {len(seeds)} seeds: mean ± spread\n\n{of_subset.to_markdown()}\n"
+        files.write_whole(output / f"table_{subset}.csv", of_subset.to_csv().encode())
+    files.write_whole(output / "table.md", text.encode())
+    print(text)
+    if failed:
+        sys.exit(f"error: not finished: {'; '.join(failed)}. The same command does these again")
+
+
+if __name__ == "__main__":
+    experiments.run(main)
