@@ -1,9 +1,12 @@
-"""From a trained model to what a user looks at: results.json, figures/ and report.html."""
+"""From a trained model to what a user looks at: results.json, tables, figures/, report.html."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +16,277 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from diffpose_jax import checkpoints, controls, evaluation, files, plotting, report, scalars
+from diffpose_jax import (
+    aggregation,
+    checkpoints,
+    controls,
+    evaluation,
+    files,
+    plotting,
+    published,
+    report,
+    scalars,
+    tables,
+)
+from diffpose_jax.aggregation import Calibration
+from diffpose_jax.config import ConfigError
+from diffpose_jax.controls import Controls
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
 from diffpose_jax.model import Model
+
+CALIBRATION = "calibration.json"
 
 
 def evaluate_run(
     checkpoint: Path,
     output: Path,
-    settings: ml_collections.ConfigDict | None = None,
-    num_hypotheses: int | None = None,
+    protocol: ml_collections.ConfigDict | None = None,
+    num_hypotheses: Sequence[int] = (),
     data_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a model on its test split; fits the controls first if they are not there.
+    """Evaluates a model on a test split; fits the controls first if they are not there.
 
     Args:
       checkpoint: a run's folder, or an export.
-      output: where results.json, figures/, report.html and controls/ go.
-      settings: `config.evaluation`; by default as it was when the training began.
-      num_hypotheses: M; by default what the settings say.
+      output: where results.json, the tables, figures/, report.html, controls/ and calibration.json
+        go.
+      protocol: a configuration whose `data` and `evaluation` say on what and how; by default the
+        model's own, as it was when the training began.
+      num_hypotheses: one or several M, evaluated in one pass; by default what the protocol says.
+        The most of them are in results.json and the report, fewer in results_M.json.
       data_dir: where prepared data sets lie; by default where TFDS keeps them.
 
     Returns:
       The content of results.json.
+
+    Raises:
+      ConfigError: for a protocol that does not fit the data set.
     """
-    model = checkpoints.load(checkpoint, settings and settings.weights)
+    model = checkpoints.load(checkpoint, protocol and protocol.evaluation.weights)
     config = model.config
-    settings = settings or config.evaluation
-    num_hypotheses = num_hypotheses or settings.num_hypotheses
+    protocol = protocol or config
+    settings = protocol.evaluation
+    counts = sorted(set(num_hypotheses or (settings.num_hypotheses,)), reverse=True)
     # Apart from the keys of the training, which are split from the key of the seed itself.
-    controls_key, evaluation_key = jax.random.split(jax.random.key(config.seed + 1_000_000))
-    test = pipeline.load(config.data, "test", data_dir)
-
+    controls_key, evaluation_key, calibration_key = jax.random.split(
+        jax.random.key(config.seed + 1_000_000), 3
+    )
+    test = pipeline.load(protocol.data, "test", data_dir)
+    if unknown := [key for key in settings.group_by if key not in test.groups]:
+        raise ConfigError(
+            f"config.evaluation.group_by: {protocol.data.name} has no {', '.join(unknown)}; it has"
+            f" {', '.join(test.groups)}"
+        )
+    # Without the frames that calibrate: what the model was trained on.
+    train = functools.cache(
+        lambda: pipeline.hold_out(
+            pipeline.load(config.data, "train", data_dir), config.data.calibration_share
+        )
+    )
     output.mkdir(parents=True, exist_ok=True)
-    saved = [folder / "controls" for folder in (output, checkpoint)]
-    fitted_dir = next((folder for folder in saved if folder.exists()), saved[0])
-    if not fitted_dir.exists():
-        train = pipeline.load(config.data, "train", data_dir)
-        fitted = evaluation.fit_controls(controls_key, train, settings)
-        checkpoints.save_tree(fitted_dir, controls.to_tree(fitted))
-    fitted = controls.from_tree(checkpoints.load_tree(fitted_dir))
+    fitted = _controls(controls_key, train, settings, (output, checkpoint))
+    calibration = _calibration(calibration_key, train, model, settings, (output, checkpoint))
 
-    ambiguous = evaluation.ambiguous_frames(test, settings.ambiguous_sigma_px, settings.batch_size)
-    results = evaluation.evaluate(
+    ambiguous = ambiguous_frames(test, settings)
+    counted = np.ones(len(test), bool) if test.counted is None else test.counted
+    contents = evaluation.evaluate(
         evaluation_key,
         model,
         fitted,
         test,
-        {"ambiguous": ambiguous},
-        num_hypotheses=num_hypotheses,
+        {"all": counted, "ambiguous": ambiguous},
+        num_hypotheses=counts,
         batch_size=settings.batch_size,
+        group_by=settings.group_by,
+        calibration=calibration,
+        pose=settings.pose,
     )
+    results = contents[counts[0]]
+    for count in counts[1:]:
+        files.write_json(output / f"results_{count}.json", contents[count])
+    write_tables(output, contents, protocol)
     files.write_json(output / "results.json", results)
 
     rows = report_rows(ambiguous, settings.report_frames)
     names = [test.names[row] + ", ambiguous" * bool(ambiguous[row]) for row in rows]
-    examples = draw_examples(evaluation_key, model, test, rows, names, num_hypotheses)
+    examples = draw_examples(evaluation_key, model, test, rows, names, counts[0])
     write_report(checkpoint, output, results, config, examples)
     return results
+
+
+def _controls(
+    key: Array,
+    train: Callable[[], tuple[Examples, Examples | None]],
+    settings: ml_collections.ConfigDict,
+    folders: tuple[Path, ...],
+) -> Controls | None:
+    """The controls from the first folder that has them, or fitted now and written to the first."""
+    if not settings.controls:
+        return None
+    saved = [folder / "controls" for folder in folders]
+    fitted_dir = next((folder for folder in saved if folder.exists()), saved[0])
+    if not fitted_dir.exists():
+        fitted = evaluation.fit_controls(key, train()[0], settings)
+        checkpoints.save_tree(fitted_dir, controls.to_tree(fitted))
+    return controls.from_tree(checkpoints.load_tree(fitted_dir))
+
+
+def _calibration(
+    key: Array,
+    train: Callable[[], tuple[Examples, Examples | None]],
+    model: Model,
+    settings: ml_collections.ConfigDict,
+    folders: tuple[Path, ...],
+) -> Calibration:
+    """The calibration, likewise; an uncalibrated one if no recordings were held out for it."""
+    for folder in folders:
+        found = read_calibration(folder)
+        if found is not None and found[0] == settings.pose:
+            return found[1]
+    if not model.config.data.calibration_share:
+        return aggregation.uncalibrated(settings.radius_level)
+    _, held_out = train()
+    calibration = evaluation.fit_calibration(
+        key,
+        model,
+        held_out,
+        pose=settings.pose,
+        level=settings.radius_level,
+        num_hypotheses=settings.num_hypotheses,
+        batch_size=settings.batch_size,
+    )
+    content = {"pose": settings.pose, **aggregation.to_json(calibration)}
+    files.write_json(folders[0] / CALIBRATION, content)
+    return calibration
+
+
+def read_calibration(checkpoint: str | Path) -> tuple[str, Calibration] | None:
+    """The calibration of a run or an export, with the method of the single pose it belongs to.
+
+    Raises:
+      ConfigError: if the file is damaged.
+    """
+    path = Path(checkpoint) / CALIBRATION
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return content.pop("pose"), aggregation.from_json(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}; remove it and evaluate again") from error
+
+
+def ambiguous_frames(test: Examples, settings: ml_collections.ConfigDict) -> np.ndarray:
+    """Marks the ambiguous frames (N,), as `config.evaluation.ambiguous` says.
+
+    Raises:
+      ConfigError: if the data set has no list of its own, or the file of names does not fit.
+    """
+    if settings.ambiguous == "rule":
+        return evaluation.ambiguous_frames(test, settings.ambiguous_sigma_px, settings.batch_size)
+    if settings.ambiguous == "stored":
+        if test.ambiguous is None:
+            raise ConfigError(
+                "config.evaluation.ambiguous: the data set marks no frames; take 'rule' or a file"
+            )
+        return test.ambiguous
+    path = Path(settings.ambiguous)
+    if not path.is_file():
+        raise ConfigError(
+            f"config.evaluation.ambiguous: must be rule, stored, or a file; there is no {path}"
+        )
+    listed = {line.strip() for line in path.read_text().splitlines() if line.strip()}
+    if unknown := sorted(listed - set(test.names.tolist())):
+        raise ConfigError(
+            f"{path}: no frame of the test split is named {unknown[0]!r} ({len(unknown)} names are"
+            f" unknown); names are like {str(test.names[0])!r}"
+        )
+    return np.isin(test.names, sorted(listed))
+
+
+_METHOD_NAMES = {
+    **{
+        name: f"DiffPose, one pose: {method.replace('_', ' ')}"
+        for name, method in evaluation.SINGLE_POSES.items()
+    },
+    "gaussian": "Gaussian draws around the regression",
+    "regression": "regression from the argmax joints",
+    "mean_pose": "mean training pose",
+}
+_PUBLISHED = {("human36m", "all"): published.H36M, ("human36m", "ambiguous"): published.H36MA}
+
+
+def make_tables(
+    contents: dict[int, dict[str, Any]], protocol: ml_collections.ConfigDict
+) -> dict[str, tuple[str, tables.Table]]:
+    """Tables of all methods, by subset and by group.
+
+    Args:
+      contents: what `evaluation.evaluate` gives.
+      protocol: its `data.name` says which published rows stand below ours, its
+        `evaluation.group_metrics` which metrics get a table by group.
+
+    Returns:
+      {name: (title, table)}.
+    """
+    most = max(contents)
+    made: dict[str, tuple[str, tables.Table]] = {}
+    for subset, methods in contents[most]["subsets"].items():
+        of_counts = {count: content["subsets"][subset] for count, content in contents.items()}
+        rows = [(name, _single(metrics)) for name, metrics in _rows(of_counts)]
+        numbers = _PUBLISHED.get((protocol.data.name, subset), {})
+        rows += [(f"{name}, published", _single(metrics)) for name, metrics in numbers.items()]
+        title = f"{subset} frames ({methods['frames']}), means over the frames"
+        made[subset] = title, tables.Table(tuple(tables.COLUMNS), tuple(rows))
+    for key, of_key in contents[most].get("groups", {}).items():
+        for metric in protocol.evaluation.group_metrics:
+            heading, digits = tables.COLUMNS[metric]
+            columns = (*of_key, "mean", "all frames")
+            found: dict[str, dict[str, list[float]]] = {}
+            for column in columns:
+                for name, metrics in _rows(
+                    {count: _of_group(content, key, column) for count, content in contents.items()}
+                ):
+                    found.setdefault(name, {})[column] = [metrics[metric]]
+            if (protocol.data.name, key, metric) == ("mpi_inf_3dhp", "scene", "pck150_best"):
+                numbers = published.MPI_INF_3DHP_PCK
+                found["DiffPose, published"] = _single(numbers | {"all frames": numbers["all"]})
+            title = f"{heading} by {key}; mean: unweighted over the {len(of_key)}"
+            headings = {column: (column.replace("_", " "), digits) for column in columns}
+            made[f"{key}_{metric}"] = title, tables.Table(columns, tuple(found.items()), headings)
+    return made
+
+
+def write_tables(
+    output: Path, contents: dict[int, dict[str, Any]], protocol: ml_collections.ConfigDict
+) -> None:
+    """Writes tables.md and each table in it as a CSV file, see `make_tables`."""
+    made = make_tables(contents, protocol)
+    for name, (_, table) in made.items():
+        files.write_whole(output / f"table_{name}.csv", table.to_csv().encode())
+    text = "\n".join(f"{title}\n\n{table.to_markdown()}" for title, table in made.values())
+    files.write_whole(output / "tables.md", text.encode())
+
+
+def _of_group(content: dict[str, Any], key: str, column: str) -> dict[str, Any]:
+    """{method: metrics} of a group, of the mean over the groups, or of all frames."""
+    if column == "mean":
+        return content["averages"][key]
+    return content["subsets"]["all"] if column == "all frames" else content["groups"][key][column]
+
+
+def _rows(of_counts: dict[int, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, metrics) of the model at each number of hypotheses, then of the controls."""
+    for count, methods in of_counts.items():
+        yield f"DiffPose, {count} hypotheses", methods["model"]
+    for method, name in _METHOD_NAMES.items():
+        if method in methods:
+            yield name, methods[method]
+
+
+def _single(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    return {name: [value] for name, value in metrics.items() if isinstance(value, float)}
 
 
 def report_rows(ambiguous: np.ndarray, num_frames: int) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Evaluates a trained model on its test split: tables, pictures and the report.
+"""Evaluates a trained model on a test split: tables, pictures and the report.
 
 python -m experiments.evaluate --checkpoint runs/quickstart [--num_hypotheses N] [--output DIR]
+
+`--config` takes another data set or protocol than the model's own, see `configs/protocols.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import app, flags
+from ml_collections import config_flags
 
 import experiments
 from diffpose_jax import results
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or an export.")
-NUM_HYPOTHESES = flags.DEFINE_integer(
-    "num_hypotheses", None, "M; default: the configuration's.", lower_bound=1
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Protocol: its data and evaluation; default: the model's own."
+)
+NUM_HYPOTHESES = flags.DEFINE_list(
+    "num_hypotheses", [], "M, or several of them for one pass; default: the configuration's."
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; default: the checkpoint's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: TFDS's.")
@@ -24,12 +30,19 @@ def main(_: list[str]) -> None:
     """Runs the evaluation."""
     if CHECKPOINT.value is None:
         raise app.UsageError("--checkpoint is missing; try --checkpoint runs/quickstart")
+    try:
+        counts = [int(count) for count in NUM_HYPOTHESES.value]
+    except ValueError as error:
+        raise app.UsageError(f"--num_hypotheses must be integers: {error}") from error
+    if any(count < 1 for count in counts):
+        raise app.UsageError("--num_hypotheses must be at least 1")
     output = Path(OUTPUT.value or CHECKPOINT.value)
     results.print_table(
         results.evaluate_run(
             Path(CHECKPOINT.value),
             output,
-            num_hypotheses=NUM_HYPOTHESES.value,
+            CONFIG.value,
+            num_hypotheses=counts,
             data_dir=DATA_DIR.value,
         )
     )

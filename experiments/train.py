@@ -43,19 +43,28 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
         if first == trainer.num_steps:
             return
         examples = pipeline.load(config.data, "train", data_dir)
-        data = pipeline.TrainingData(
+        examples, _ = pipeline.hold_out(examples, config.data.calibration_share)
+        evidence = pipeline.evidence(
             examples,
-            pipeline.evidence(examples, network, config.data.predrawn_candidates, candidate_key),
-            config.seed,
+            network,
+            config.data.predrawn_candidates,
+            candidate_key,
+            in_memory=config.data.on_device,
         )
+        data = pipeline.TrainingData(examples, evidence, config.seed)
         batches = data.dispatches(
-            first, trainer.num_steps, trainer.steps_per_dispatch, trainer.batch_size
+            first,
+            trainer.num_steps,
+            trainer.steps_per_dispatch,
+            trainer.batch_size,
+            held=config.data.on_device,
         )
+        held = data.held() if config.data.on_device else None
         with (
             scalars.ScalarWriter(workdir / "metrics.jsonl", last_step=first) as writer,
             tqdm(total=trainer.num_steps, initial=first, desc="training", unit=" steps") as bar,
         ):
-            for new_state, losses in training.run(trainer, state, train_key, batches):
+            for new_state, losses in training.run(trainer, state, train_key, batches, held=held):
                 step = int(new_state.step)
                 loss = float(np.mean(losses, dtype=np.float64))
                 learning_rate = float(trainer.learning_rate(step - 1))
@@ -75,9 +84,7 @@ def main(_: list[str]) -> None:
     workdir = Path(WORKDIR.value or Path("runs") / name)
     start = time.monotonic()
     train(config, workdir, DATA_DIR.value)
-    results.print_table(
-        results.evaluate_run(workdir, workdir, config.evaluation, data_dir=DATA_DIR.value)
-    )
+    results.print_table(results.evaluate_run(workdir, workdir, config, data_dir=DATA_DIR.value))
     minutes = (time.monotonic() - start) / 60
     print(f"\n{workdir / 'report.html'}, after {minutes:.1f} minutes")
 

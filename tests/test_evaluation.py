@@ -1,5 +1,7 @@
 """The evaluation: subsets, padding and what results.json holds."""
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from small import examples, model_of, small_config
 
-from diffpose_jax import evaluation
+from diffpose_jax import aggregation, evaluation
 
 NUMBER, NUM_HYPOTHESES = 6, 5
 KEY = jax.random.key(7)
@@ -20,7 +22,10 @@ METRICS = {
     "pa_mpjpe_best",
     "pa_mpjpe_mean",
     "pck150_best",
+    "pck150_all_best",
+    "pck150_scaled_best",
     "cps_best",
+    "cps_area_best",
     "symmetry",
     "energy_score",
 }
@@ -58,10 +63,15 @@ def results(model, controls, test_split):
         model,
         controls,
         test_split,
-        {"ambiguous": wide, "clear": ~wide, "none": np.zeros(NUMBER, bool)},
-        num_hypotheses=NUM_HYPOTHESES,
+        {
+            "all": np.ones(NUMBER, bool),
+            "ambiguous": wide,
+            "clear": ~wide,
+            "none": np.zeros(NUMBER, bool),
+        },
+        num_hypotheses=(NUM_HYPOTHESES,),
         batch_size=4,
-    )
+    )[NUM_HYPOTHESES]
 
 
 def test_results_have_the_keys_of_the_contract(results):
@@ -107,6 +117,124 @@ def test_mean_pose_is_that_of_the_training_split(results, controls, test_split):
     assert results["subsets"]["all"]["mean_pose"]["mpjpe_best"] == pytest.approx(error, rel=1e-4)
 
 
+def test_frames_outside_of_all_subsets_are_not_sampled(model, test_split):
+    """And frames outside of "all" count where another subset has them."""
+    counted, other = np.arange(NUMBER) % 3 == 0, np.arange(NUMBER) == 1
+    asked = []
+
+    def heatmaps(rows):
+        asked.extend(rows.tolist())
+        return test_split.heatmaps(rows)
+
+    results = evaluation.evaluate(
+        KEY,
+        model,
+        None,
+        dataclasses.replace(test_split, heatmaps=heatmaps),
+        {"all": counted, "ambiguous": other},
+        num_hypotheses=(NUM_HYPOTHESES,),
+        batch_size=4,
+    )[NUM_HYPOTHESES]["subsets"]
+    assert set(asked) == {0, 1, 3}
+    assert {name: subset["frames"] for name, subset in results.items()} == {
+        "all": 2,
+        "ambiguous": 1,
+    }
+    assert set(results["all"]) == {"frames", "model"}
+
+
+def test_groups_and_their_unweighted_mean(model, controls, test_split):
+    """Three frames of one action, one of another; the last two are not in "all"."""
+    actions = np.array(["Walking", "Walking", "Eating", "Walking", "Eating", "Posing"])
+    results = evaluation.evaluate(
+        KEY,
+        model,
+        controls,
+        dataclasses.replace(test_split, groups={"action": actions}),
+        {"all": np.arange(NUMBER) < 4},
+        num_hypotheses=(NUM_HYPOTHESES,),
+        batch_size=4,
+        group_by=("action",),
+    )[NUM_HYPOTHESES]
+    groups, average = results["groups"]["action"], results["averages"]["action"]
+    assert {name: group["frames"] for name, group in groups.items()} == {"Eating": 1, "Walking": 3}
+    for method in ("model", "mean_pose", "regression", "gaussian"):
+        eating, walking = (groups[name][method]["mpjpe_best"] for name in ("Eating", "Walking"))
+        assert average[method]["mpjpe_best"] == pytest.approx((eating + walking) / 2)
+        overall = results["subsets"]["all"][method]["mpjpe_best"]
+        assert overall == pytest.approx((eating + 3 * walking) / 4)
+    assert set(average["model"]) == METRICS | OF_SEVERAL
+    assert set(results["subsets"]) == {"all"}
+
+
+def test_several_numbers_of_hypotheses_in_one_pass(model, controls, test_split):
+    """Fewer are the first of the most, for the model and for the draws around the regression."""
+    everything = {"all": np.ones(NUMBER, bool)}
+    evaluate = functools.partial(
+        evaluation.evaluate, KEY, model, controls, test_split, everything, batch_size=4
+    )
+    both = evaluate(num_hypotheses=(NUM_HYPOTHESES, 2))
+    assert list(both) == [NUM_HYPOTHESES, 2]
+    alone = evaluate(num_hypotheses=(2,))[2]["subsets"]["all"]
+    fewer = both[2]["subsets"]["all"]
+    assert both[2]["num_hypotheses"] == 2
+    assert fewer["model"]["mpjpe_best_at"] == pytest.approx(alone["model"]["mpjpe_best_at"])
+    assert (
+        fewer["gaussian"]["mpjpe_best"]
+        > both[NUM_HYPOTHESES]["subsets"]["all"]["gaussian"]["mpjpe_best"]
+    )
+
+
+def test_single_poses_and_their_radius(model, test_split):
+    """Against poses, distances and quantiles made here, on all frames and on two of them."""
+    wide = np.isin(np.arange(NUMBER), WIDE)
+    calibration = aggregation.uncalibrated(0.5)
+    subsets = evaluation.evaluate(
+        KEY,
+        model,
+        None,
+        test_split,
+        {"all": np.ones(NUMBER, bool), "ambiguous": wide},
+        num_hypotheses=(NUM_HYPOTHESES,),
+        batch_size=4,
+        calibration=calibration.replace(factor=np.full(17, 1.5, np.float32)),
+        pose="mean",
+    )[NUM_HYPOTHESES]["subsets"]
+    maps = test_split.heatmaps(np.arange(NUMBER))
+    hypotheses_mm = np.asarray(model.sample(SAMPLE_KEY, maps, NUM_HYPOTHESES), np.float64)
+    mean_mm = hypotheses_mm.mean(1)
+    distance = np.linalg.norm(mean_mm - test_split.pose_mm, axis=-1)
+    radius = 1.5 * np.median(np.linalg.norm(hypotheses_mm - mean_mm[:, None], axis=-1), axis=1)
+    for name, frames in (("all", slice(None)), ("ambiguous", wide)):
+        methods = subsets[name]
+        assert set(methods) == {"frames", "model", *evaluation.SINGLE_POSES}
+        found = methods["model_mean"]
+        assert set(found) == METRICS | {"coverage", "radius_mm"}
+        assert found["mpjpe_best"] == pytest.approx(distance[frames].mean(), rel=1e-4)
+        assert found["radius_mm"] == pytest.approx(radius[frames, 1:].mean(), rel=1e-4)
+        covered = (distance <= radius)[frames, 1:].mean()
+        assert found["coverage"] == pytest.approx(covered, abs=1e-6)
+        assert "coverage" not in methods["model_medoid"]
+
+
+def test_calibration_covers_what_it_was_fitted_on(model):
+    """By recording: of two, each weighs the same whatever its number of frames."""
+    held_out = dataclasses.replace(examples(5, 40), clips=np.repeat(["short", "long"], [8, 32]))
+    fitted = evaluation.fit_calibration(
+        KEY, model, held_out, pose="mean", level=0.75, num_hypotheses=4, batch_size=16
+    )
+    assert (fitted.level, fitted.num_frames, fitted.num_groups) == (0.75, 40, 2)
+    maps = held_out.heatmaps(np.arange(40))
+    hypotheses_mm = np.asarray(model.sample(KEY, maps, 4), np.float64)
+    mean_mm = hypotheses_mm.mean(1)
+    distances = np.linalg.norm(mean_mm - held_out.pose_mm, axis=-1)
+    radii = np.quantile(np.linalg.norm(hypotheses_mm - mean_mm[:, None], axis=-1), 0.75, axis=1)
+    is_within = distances <= 1.0001 * fitted.apply(radii)
+    share = (is_within[:8].mean(0) + is_within[8:].mean(0)) / 2
+    assert (share[1:] >= 0.75 - 1e-6).all()
+    assert (share[1:] < 0.75 + 1 / 8).all()
+
+
 def test_gaussian_draws_differ_between_batches(model, controls):
     """Two batches of the same frames: equal but for the draws around the regression."""
     one = examples(3, 4)
@@ -122,10 +250,10 @@ def test_gaussian_draws_differ_between_batches(model, controls):
         model,
         controls,
         twice,
-        {"ambiguous": first, "clear": ~first, "none": np.zeros(8, bool)},
-        num_hypotheses=NUM_HYPOTHESES,
+        {"all": np.ones(8, bool), "ambiguous": first, "clear": ~first},
+        num_hypotheses=(NUM_HYPOTHESES,),
         batch_size=4,
-    )["subsets"]
+    )[NUM_HYPOTHESES]["subsets"]
     assert subsets["ambiguous"]["model"] == subsets["clear"]["model"]
     assert subsets["ambiguous"]["gaussian"] != subsets["clear"]["gaussian"]
 

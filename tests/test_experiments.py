@@ -16,6 +16,7 @@ from small import examples, network, write_motion
 
 import diffpose_jax
 from diffpose_jax import checkpoints, scalars, training
+from diffpose_jax import results as results_lib
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS, STEPS_PER_DISPATCH, CHECKPOINT_EVERY = 60, 2, 4
@@ -34,6 +35,7 @@ def get_config():
         draws_per_image=2,
     )
     config.data.predrawn_candidates = 8
+    config.data.calibration_share = 0.5
     config.data.builder.update(
         source={source!r}, train_views_per_frame=1, test_views_per_frame=1
     )
@@ -139,6 +141,9 @@ def test_train_writes_all_that_is_promised(run):
         "results.json",
         "report.html",
         "figures",
+        "calibration.json",
+        "tables.md",
+        "table_all.csv",
     }
     assert not [name for name in written if name.startswith(".")]
     lines = scalars.read_scalars(run / "metrics.jsonl")
@@ -162,6 +167,12 @@ def test_results_of_training(run):
     methods = results["subsets"]["all"]
     assert methods["frames"] == 8
     assert {"model", "mean_pose", "regression", "gaussian"} < set(methods)
+    chosen = methods["model_heatmap_agreement"]
+    assert 0 <= chosen["coverage"] <= 1
+    assert chosen["radius_mm"] > 0
+    pose, calibration = results_lib.read_calibration(run)
+    assert pose == "heatmap_agreement"
+    assert (calibration.num_frames, calibration.num_groups) == (12, 1)
     assert set(methods["model"]["mpjpe_best_at"]) == {"1", "2", "5", "10", "20"}
     assert methods["model"]["mpjpe_best"] <= methods["model"]["mpjpe_mean"]
 
@@ -206,6 +217,8 @@ def test_export(workplace, run, tmp_path):
     printed = workplace.run("export", "--checkpoint", run, "--output", tmp_path / "export")
     assert str(tmp_path / "export") in printed
     assert " MB" in printed
+    copied = (tmp_path / "export" / "calibration.json").read_bytes()
+    assert copied == (run / "calibration.json").read_bytes()
     model, exported = diffpose_jax.load(run), diffpose_jax.load(tmp_path / "export")
     assert model.config.evaluation.weights == "ema"
     maps = examples(0, 1).heatmaps(np.arange(1))
@@ -213,6 +226,53 @@ def test_export(workplace, run, tmp_path):
     assert samples.shape == (1, 4, 17, 3)
     assert np.isfinite(samples).all()
     assert samples.tobytes() == ours.tobytes()
+
+
+HUMAN36M = """
+from small import small_config
+
+from configs import h36m_released
+
+
+def get_config():
+    config = small_config(num_steps=10, steps_per_dispatch=5)
+    config.data = h36m_released.get_config().data
+    config.evaluation.update(group_by=("action",), ambiguous="stored")
+    return config
+"""
+
+
+def test_human36m_from_the_published_file_to_tables(workplace, tmp_path):
+    """Prepared, trained and evaluated; then again under a protocol, at two counts."""
+    data = ("--data_dir", tmp_path / "data")
+    printed = workplace.run(
+        "prepare",
+        *("--dataset", "human36m", "--human36m.format=released", *data),
+        *("--source", ROOT / "tests" / "golden" / "h36m_released_format.h5"),
+    )
+    assert "train 2, test 5 examples" in printed
+    config = tmp_path / "human36m.py"
+    config.write_text(HUMAN36M)
+    workplace.run("train", "--config", config, "--workdir", tmp_path / "run", *data)
+    results = read_json(tmp_path / "run" / "results.json")
+    (action,) = results["groups"]["action"]
+    assert results["subsets"]["all"]["frames"] == 1
+    assert results["averages"]["action"]["model"]["mpjpe_best"] == pytest.approx(
+        results["groups"]["action"][action]["model"]["mpjpe_best"]
+    )
+    assert "Wehrbein et al., published" in (tmp_path / "run" / "tables.md").read_text()
+
+    workplace.run(
+        "evaluate",
+        *("--checkpoint", tmp_path / "run", "--output", tmp_path / "protocol", *data),
+        *("--config", ROOT / "configs" / "protocols.py:human36m_released"),
+        *("--config.evaluation.controls=False", "--num_hypotheses", "2,3"),
+    )
+    counts = [
+        read_json(tmp_path / "protocol" / name)["num_hypotheses"]
+        for name in ("results.json", "results_2.json")
+    ]
+    assert counts == [3, 2]
 
 
 @pytest.mark.parametrize(("seed", "kills"), [(1, 1), pytest.param(2, 6, marks=pytest.mark.slow)])
@@ -247,11 +307,14 @@ def test_killed_and_started_again(workplace, run, seed, kills):
         ("train", ["--config", "CONFIG", "--config.model.foo=1"], "foo"),
         ("train", [], "--config is missing"),
         ("evaluate", ["--checkpoint", "no/such/run"], "no/such/run does not exist"),
+        ("evaluate", ["--checkpoint", "x", "--num_hypotheses", "0"], "must be at least 1"),
+        ("prepare", ["--dataset", "motion", "--source", "no/such/folder"], "no/such/folder"),
     ],
 )
 def test_errors(workplace, tmp_path, module, arguments, message):
     arguments = [str(workplace.config) if word == "CONFIG" else word for word in arguments]
-    output = ["--workdir" if module == "train" else "--output", tmp_path / "output"]
+    option = {"train": "--workdir", "evaluate": "--output", "prepare": "--data_dir"}[module]
+    output = [option, tmp_path / "output"]
     process = workplace.start(module, *arguments, *output)
     assert process.wait(timeout=120) > 0
     assert message in workplace.stderr.read_text()

@@ -1,9 +1,15 @@
-"""The choice of the report's frames and the printed table."""
+"""The choice of frames, the printed table and the written ones."""
 
+import csv
+
+import ml_collections
 import numpy as np
 import pytest
+from small import examples
 
+from configs import protocols
 from diffpose_jax import results
+from diffpose_jax.config import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +46,82 @@ def test_print_table(capsys):
     ]
     assert model.split() == ["model", "41.250", "30.000", "90.000", "45.000", "0.030"]
     assert mean_pose.split() == ["mean_pose", "41.250", "30.000", "90.000", "45.000", "-"]
+
+
+def settings(ambiguous):
+    return ml_collections.ConfigDict(
+        {"ambiguous": str(ambiguous), "ambiguous_sigma_px": 5.0, "batch_size": 4}
+    )
+
+
+def test_ambiguous_frames_by_rule_and_by_list(tmp_path):
+    test = examples(0, 6, wide=(1, 4))
+    assert np.flatnonzero(results.ambiguous_frames(test, settings("rule"))).tolist() == [1, 4]
+    listed = tmp_path / "frames.txt"
+    listed.write_text("clip 5\n\n clip 0\n")
+    assert np.flatnonzero(results.ambiguous_frames(test, settings(listed))).tolist() == [0, 5]
+    listed.write_text("clip 5\nclip 7\nclip 8\n")
+    with pytest.raises(ConfigError, match=r"named 'clip 7' \(2 names are unknown\); .* 'clip 0'"):
+        results.ambiguous_frames(test, settings(listed))
+    with pytest.raises(ConfigError, match="rule, stored, or a file; there is no no/such"):
+        results.ambiguous_frames(test, settings("no/such"))
+    with pytest.raises(ConfigError, match="marks no frames"):
+        results.ambiguous_frames(test, settings("stored"))
+
+
+def metrics(mpjpe, pck):
+    return {
+        "mpjpe_best": mpjpe,
+        "pa_mpjpe_best": mpjpe / 2,
+        "pck150_best": pck,
+        "pck150_scaled_best": pck + 1,
+        "mpjpe_best_at": {1: mpjpe},
+    }
+
+
+def content(count, offset):
+    def group(mpjpe, frames):
+        return {"frames": frames, "model": metrics(mpjpe + offset, 90.0)}
+
+    return {
+        "num_hypotheses": count,
+        "subsets": {"all": group(50.0, 4), "ambiguous": group(70.0, 2)},
+        "groups": {"scene": {"green_screen": group(40.0, 3), "outdoor": group(80.0, 1)}},
+        "averages": {"scene": {"model": metrics(60.0 + offset, 90.0)}},
+    }
+
+
+def rows(path):
+    with path.open() as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_tables_have_all_counts_groups_and_published_rows(tmp_path):
+    protocol = protocols.get_config("mpi_inf_3dhp")
+    protocol.evaluation.group_by = ("scene",)
+    contents = {200: content(200, 0.0), 2000: content(2000, -5.0)}
+    results.write_tables(tmp_path, contents, protocol)
+    of_all = rows(tmp_path / "table_all.csv")
+    assert of_all["DiffPose, 200 hypotheses"]["mpjpe_best"] == "50.0"
+    assert of_all["DiffPose, 2000 hypotheses"]["mpjpe_best"] == "45.0"
+    by_scene = rows(tmp_path / "table_scene_mpjpe_best.csv")["DiffPose, 2000 hypotheses"]
+    assert [by_scene[c] for c in ("green_screen", "outdoor", "mean", "all frames")] == [
+        "35.0",
+        "75.0",
+        "55.0",
+        "45.0",
+    ]
+    pck = rows(tmp_path / "table_scene_pck150_best.csv")
+    assert pck["DiffPose, published"]["outdoor"] == "83.6"
+    assert pck["DiffPose, published"]["green_screen"] == "87.4"
+    assert pck["DiffPose, published"]["all frames"] == "84.7"
+    text = (tmp_path / "tables.md").read_text()
+    assert "PCK by scene; mean: unweighted over the 2" in text
+    assert "ambiguous frames (2), means over the frames" in text
+
+
+def test_published_rows_of_human36m(tmp_path):
+    results.write_tables(tmp_path, {200: content(200, 0.0)}, protocols.get_config("human36m"))
+    of_all, hard = (rows(tmp_path / f"table_{name}.csv") for name in ("all", "ambiguous"))
+    assert of_all["DiffPose (Holmquist and Wandt), published"]["mpjpe_best"] == "42.9"
+    assert hard["Wehrbein et al., published"]["cps_best"] == "171.0"

@@ -55,9 +55,11 @@ class Detector(Protocol):
 
     Attributes:
       fingerprint: names the network and a hash of its weights, such as "hrnet_w32-5aa3d1".
+      input_px: P, the side of the crops that it reads.
     """
 
     fingerprint: str
+    input_px: int
 
     def heatmaps(self, crops: np.ndarray) -> np.ndarray:
         """Crops (n, P, P, 3) uint8 RGB to heatmaps (n, 16, 64, 64)."""

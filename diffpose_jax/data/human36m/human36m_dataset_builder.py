@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -20,16 +20,6 @@ FORMATS: tuple[str, ...] = ("raw", "released", "flow")
 _SPLITS = ("train", "test")
 _RAW_FIELDS = ("actions", "poses", "crop", "input_px")
 _DIGEST_BYTES = 1 << 16
-
-
-class Detector(detections.Detector, Protocol):
-    """A 2D detector.
-
-    Attributes:
-        input_px: P, the side of the crops that it reads.
-    """
-
-    input_px: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,7 +55,9 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def builder_config(
-    config: ml_collections.ConfigDict, source: str | Path, detector: Detector | None = None
+    config: ml_collections.ConfigDict,
+    source: str | Path,
+    detector: detections.Detector | None = None,
 ) -> Human36mConfig:
     """Checks a configuration and names it after its content.
 
@@ -163,7 +155,7 @@ class Human36m(detections.DetectionsBuilder):
         *,
         config: Human36mConfig,
         source: str | Path,
-        detector: Detector | None = None,
+        detector: detections.Detector | None = None,
         data_dir: str | Path | None = None,
     ) -> None:
         self._source = Path(source)
@@ -249,7 +241,7 @@ def prepare(
     config: ml_collections.ConfigDict,
     source: str | Path,
     data_dir: str | Path | None,
-    detector: Detector | None = None,
+    detector: detections.Detector | None = None,
 ) -> Human36m:
     """Gives the builder of a configuration, after writing its data set if that is not there yet.
 

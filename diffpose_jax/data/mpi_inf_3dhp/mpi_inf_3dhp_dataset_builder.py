@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import ml_collections
 import numpy as np
@@ -20,16 +19,6 @@ from diffpose_jax.data.mpi_inf_3dhp.annotations import Recording
 from diffpose_jax.detectors import crops
 
 _FRAMES = 64
-
-
-class Detector(detections.Detector, Protocol):
-    """A 2D detector.
-
-    Attributes:
-        input_px: P, the side of the crops that it reads.
-    """
-
-    input_px: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +41,9 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({"annotation": default.annotation, "loss": default.loss})
 
 
-def builder_config(config: ml_collections.ConfigDict, detector: Detector) -> MpiInf3dhpConfig:
+def builder_config(
+    config: ml_collections.ConfigDict, detector: detections.Detector
+) -> MpiInf3dhpConfig:
     """Checks a configuration and names it after its content.
 
     The images are not a part of it: there is one MPI-INF-3DHP. To prepare it again from a changed
@@ -100,7 +91,7 @@ class MpiInf3dhp(detections.DetectionsBuilder):
         *,
         config: MpiInf3dhpConfig,
         source: str | Path,
-        detector: Detector | None = None,
+        detector: detections.Detector | None = None,
         data_dir: str | Path | None = None,
     ) -> None:
         self._source = source
@@ -179,7 +170,7 @@ def prepare(
     config: ml_collections.ConfigDict,
     source: str | Path,
     data_dir: str | Path | None,
-    detector: Detector,
+    detector: detections.Detector,
 ) -> MpiInf3dhp:
     """Gives the builder of a configuration, after writing its data set if that is not there yet.
 
