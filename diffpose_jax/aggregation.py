@@ -8,7 +8,9 @@ millimetres, hip-centred, y up, in Human3.6M joint order.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ import numpy as np
 from flax import struct
 
 from diffpose_jax import heatmaps as heatmaps_lib
+from diffpose_jax.checkpoints import CheckpointError
+from diffpose_jax.files import write_json
 from diffpose_jax.metrics import joint_errors
 from diffpose_jax.skeleton import HEATMAP_SIZE, MPII_TO_H36M, NUM_HEATMAPS, NUM_JOINTS
 
@@ -538,6 +542,50 @@ def from_json(content: dict[str, Any]) -> Calibration:
             f" {factor.tolist()}"
         )
     return calibration
+
+
+CALIBRATIONS = "calibration.json"
+"""The file in a model's folder with its calibrations, by the method that they belong to."""
+
+
+def write_calibration(folder: str | Path, method: str, calibration: Calibration) -> None:
+    """Writes a calibration beside a model, in place of an earlier one of the same method."""
+    content = _read_calibrations(Path(folder) / CALIBRATIONS)
+    write_json(Path(folder) / CALIBRATIONS, content | {method: to_json(calibration)})
+
+
+def read_calibration(checkpoint: str | Path, method: str) -> Calibration | None:
+    """Reads a model's calibration of a method, None if it has none.
+
+    Args:
+        checkpoint: the model's folder: a run, a step of one, or an export.
+        method: one of `METHODS`.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    checkpoint = Path(checkpoint).absolute()
+    for folder in (checkpoint, *list(checkpoint.parents)[:2]):
+        path = folder / CALIBRATIONS
+        content = _read_calibrations(path)
+        if method in content:
+            try:
+                return from_json(content[method])
+            except ValueError as error:
+                raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
+    return None
+
+
+def _read_calibrations(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no object); remove it")
+    return content
 
 
 def _check_level(level: float) -> None:

@@ -8,6 +8,7 @@ person's right side, cool the left.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
@@ -78,6 +80,38 @@ _CASING = (Stroke(linewidth=4.2, foreground="white"), Normal())
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#c9ccd1", "#6f757e", "#33373d"])
 
 
+@dataclasses.dataclass(frozen=True)
+class ChosenPose:
+    """The one pose that was made of a frame's hypotheses, and how sure it is.
+
+    Attributes:
+        pose_mm: (17, 3), millimetres, hip-centred, y up.
+        radius_mm: (17,), millimetres; a joint lies within it with the frequency `level`.
+        level: In (0, 1).
+        method: How it was chosen, such as "mean".
+        meaning: What the radius means, in words.
+    """
+
+    pose_mm: ArrayLike
+    radius_mm: ArrayLike
+    level: float
+    method: str
+    meaning: str
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return f"chosen pose ({self.method.replace('_', ' ')})"
+
+    def checked(self) -> ChosenPose:
+        """The same with arrays that are fit to be drawn, see `checked_array`."""
+        return dataclasses.replace(
+            self,
+            pose_mm=checked_array("the chosen pose_mm", self.pose_mm, (NUM_JOINTS, 3)),
+            radius_mm=checked_array("radius_mm", self.radius_mm, (NUM_JOINTS,)),
+        )
+
+
 def plot_example(
     heatmaps: ArrayLike,
     candidates_xy: ArrayLike,
@@ -85,6 +119,9 @@ def plot_example(
     hypotheses_mm: ArrayLike,
     truth_mm: ArrayLike | None = None,
     title: str = "",
+    *,
+    chosen: ChosenPose | None = None,
+    crop: NDArray[np.uint8] | None = None,
 ) -> Figure:
     """Shows one frame: the 2D evidence, the 3D hypotheses twice, and the spread per joint.
 
@@ -93,14 +130,16 @@ def plot_example(
         candidates_xy: (S, 16, 2), grid coordinates x = 2 (column - 32) / 64 in [-1, 1).
         likelihood: (S, 16), heatmap heights at the candidates.
         hypotheses_mm: (M, 17, 3), millimetres, hip-centred, y up, z towards the camera.
-        truth_mm: (17, 3), millimetres, or None where it is not known; the hypotheses' mean
-            pose is then drawn strong in its place.
+        truth_mm: (17, 3), millimetres, or None where it is not known; the chosen pose or, without
+            one, the hypotheses' mean is then drawn strong in its place.
         title: Heading of the figure, taken literally.
+        chosen: The pose that was made of the hypotheses, for a frame without truth.
+        crop: (P, P, 3) uint8, RGB, what the heatmaps were detected in; it is drawn in their place.
 
     Returns:
         A figure with four panels; its last shows the spread of the hypotheses (root mean
-        squared distance to their mean) and, with a truth, the error of the mean pose and of
-        the hypothesis that is best by MPJPE.
+        squared distance to their mean), the radii of a chosen pose and, with a truth, the error
+        of the mean pose and of the hypothesis that is best by MPJPE.
 
     Raises:
         ValueError: An array has the wrong shape or holds values that are not finite.
@@ -113,7 +152,12 @@ def plot_example(
         truth_mm = checked_array("truth_mm", truth_mm, (NUM_JOINTS, 3))
 
     mean_mm = hypotheses_mm.mean(axis=0)
-    strong_mm = mean_mm if truth_mm is None else truth_mm
+    strong, strong_mm = "mean of the hypotheses", mean_mm
+    if chosen is not None:
+        chosen = chosen.checked()
+        strong, strong_mm = chosen.name, chosen.pose_mm
+    if truth_mm is not None:
+        strong, strong_mm = "truth", truth_mm
     limits = _pose_limits(hypotheses_mm, strong_mm)
     extents = np.diff(limits, axis=-1)[:, 0]
 
@@ -129,8 +173,8 @@ def plot_example(
         left += width
     evidence, front, side, spread = axes
 
-    _draw_evidence(evidence, heatmaps, candidates_xy, likelihood)
-    _head(evidence, "Heatmaps, candidates, argmax")
+    _draw_evidence(evidence, heatmaps, candidates_xy, likelihood, crop)
+    _head(evidence, f"{'Heatmaps' if crop is None else 'Picture'}, candidates, argmax")
     count = len(hypotheses_mm)
     noun = "hypothesis" if count == 1 else "hypotheses"
     for axes_, across, heading, label in (
@@ -143,10 +187,10 @@ def plot_example(
         _head(axes_, heading)
     front.set_ylabel("y, up (mm)")
     side.tick_params(labelleft=False)
-    _draw_spread(spread, hypotheses_mm, mean_mm, truth_mm)
+    _draw_spread(spread, hypotheses_mm, mean_mm, truth_mm, chosen)
     _head(spread, "Spread per joint" if truth_mm is None else "Spread and error per joint")
 
-    _group_legend(figure, "mean of the hypotheses" if truth_mm is None else "truth")
+    _group_legend(figure, strong)
     _suptitle(figure, title)
     return figure
 
@@ -428,10 +472,20 @@ def checked_array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -
 
 
 def _draw_evidence(
-    axes: Axes, heatmaps: NDArray, candidates_xy: NDArray, likelihood: NDArray
+    axes: Axes,
+    heatmaps: NDArray,
+    candidates_xy: NDArray,
+    likelihood: NDArray,
+    crop: NDArray[np.uint8] | None,
 ) -> None:
-    """Heatmaps composed by their maximum, the candidates, and the skeleton of the argmax."""
-    _draw_heatmap(axes, heatmaps.max(axis=0))
+    """The picture, or the maximum of the heatmaps; candidates, and the skeleton of the argmax."""
+    if crop is None:
+        _draw_heatmap(axes, heatmaps.max(axis=0))
+    else:
+        _style(axes)
+        # A cell's value belongs to its whole-number coordinate: the crop's edge is at 0, not -1/2.
+        axes.imshow(crop, extent=(0, HEATMAP_SIZE, HEATMAP_SIZE, 0), alpha=0.8)
+        axes.set(xlim=(0, HEATMAP_SIZE), ylim=(HEATMAP_SIZE, 0), xticks=[], yticks=[])
     cells = heatmaps.reshape(NUM_HEATMAPS, -1).argmax(axis=-1)
     argmax = np.stack([cells % HEATMAP_SIZE, cells // HEATMAP_SIZE], axis=-1)
     bones = LineCollection(argmax[list(MPII_BONES)], colors=_INK, linewidths=1.6, zorder=3)
@@ -495,7 +549,11 @@ def _draw_poses(axes: Axes, hypotheses: NDArray, strong: NDArray) -> None:
 
 
 def _draw_spread(
-    axes: Axes, hypotheses_mm: NDArray, mean_mm: NDArray, truth_mm: NDArray | None
+    axes: Axes,
+    hypotheses_mm: NDArray,
+    mean_mm: NDArray,
+    truth_mm: NDArray | None,
+    chosen: ChosenPose | None,
 ) -> None:
     _style(axes, grid="x")
     order = list(_BAR_ORDER)
@@ -506,6 +564,11 @@ def _draw_spread(
     axes.barh(rows, spread, height=0.62, color=colours, alpha=0.55, lw=0)
     handles = [Line2D([], [], color=_MUTED, lw=6, alpha=0.55, label="spread")]
     reach = spread.max()
+    if chosen is not None:
+        outline = {"fill": False, "ec": _INK, "lw": 1.0}
+        axes.barh(rows, chosen.radius_mm[order], height=0.62, **outline, zorder=3)
+        handles.append(Patch(**outline, label=f"{100 * chosen.level:g}% radius"))
+        reach = max(reach, chosen.radius_mm.max())
     if truth_mm is not None:
         errors = np.linalg.norm(hypotheses_mm - truth_mm, axis=-1)
         best = errors[errors.mean(axis=-1).argmin()][order]

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, neither network nor other files.
+"""The report of a run or a prediction: one HTML file, without network or other files.
 
 `report_template.html` holds the page's markup, style and the 3D view (plain JavaScript on a
 canvas); this module fills in tables, figures and poses. Whatever comes from outside (names,
@@ -27,6 +27,7 @@ from diffpose_jax.plotting import (
     GROUP_COLOURS,
     JOINT_GROUPS,
     METHOD_COLOURS,
+    ChosenPose,
     checked_array,
     figure_bytes,
 )
@@ -63,7 +64,10 @@ _METRICS = {
     "pa_mpjpe_best": _Metric("PA-MPJPE, best", "mm", 1, "lower"),
     "pa_mpjpe_mean": _Metric("PA-MPJPE, mean", "mm", 1, "lower"),
     "pck150_best": _Metric("PCK@150, best", "%", 1, "higher"),
+    "pck150_all_best": _Metric("PCK@150, all joints, best", "%", 1, "higher"),
+    "pck150_scaled_best": _Metric("PCK@150, scaled, best", "%", 1, "higher"),
     "cps_best": _Metric("CPS, best", "of 299", 1, "higher"),
+    "cps_area_best": _Metric("CPS as an area, best", "of 299", 1, "higher"),
     "symmetry": _Metric("Symmetry", "mm", 1, "lower"),
     "ece": _Metric("ECE", "", 3, "lower"),
     "energy_score": _Metric("Energy score", "mm", 1, "lower"),
@@ -83,12 +87,14 @@ class ReportExample:
         truth_mm: (17, 3), millimetres, or None where it is not known.
         figure: Shown below the view while the example is selected, for instance by
             `plotting.plot_example`; a PNG's path will do, too.
+        chosen: The pose that was made of the hypotheses, with its radii; None for their mean.
     """
 
     name: str
     hypotheses_mm: np.ndarray
     truth_mm: np.ndarray | None = None
     figure: Picture | None = None
+    chosen: ChosenPose | None = None
 
 
 def write_report(
@@ -173,8 +179,19 @@ def _example_data(example: ReportExample) -> dict[str, object]:
     if example.truth_mm is not None:
         name = f"truth_mm of example {example.name!r}"
         truth = checked_array(name, example.truth_mm, (NUM_JOINTS, 3))
+    chosen = None
+    if example.chosen is not None:
+        drawn = example.chosen.checked()
+        chosen = {
+            "name": drawn.name,
+            "pose": _whole_mm(drawn.pose_mm),
+            "radius": _whole_mm(drawn.radius_mm),
+            "level": f"{100 * drawn.level:g}%",
+            "meaning": drawn.meaning,
+        }
     return {
         "name": example.name,
+        "chosen": chosen,
         "total": len(hypotheses),
         "hypotheses": _whole_mm(hypotheses[:MAX_HYPOTHESES]),
         "truth": None if truth is None else _whole_mm(truth),

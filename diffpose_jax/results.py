@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,8 +33,6 @@ from diffpose_jax.controls import Controls
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
 from diffpose_jax.model import Model
-
-CALIBRATION = "calibration.json"
 
 
 def evaluate_run(
@@ -141,9 +138,9 @@ def _calibration(
 ) -> Calibration:
     """The calibration, likewise; an uncalibrated one if no recordings were held out for it."""
     for folder in folders:
-        found = read_calibration(folder)
-        if found is not None and found[0] == settings.pose:
-            return found[1]
+        found = aggregation.read_calibration(folder, settings.pose)
+        if found is not None:
+            return found
     if not model.config.data.calibration_share:
         return aggregation.uncalibrated(settings.radius_level)
     _, held_out = train()
@@ -156,25 +153,8 @@ def _calibration(
         num_hypotheses=settings.num_hypotheses,
         batch_size=settings.batch_size,
     )
-    content = {"pose": settings.pose, **aggregation.to_json(calibration)}
-    files.write_json(folders[0] / CALIBRATION, content)
+    aggregation.write_calibration(folders[0], settings.pose, calibration)
     return calibration
-
-
-def read_calibration(checkpoint: str | Path) -> tuple[str, Calibration] | None:
-    """The calibration of a run or an export, with the method of the single pose it belongs to.
-
-    Raises:
-      ConfigError: if the file is damaged.
-    """
-    path = Path(checkpoint) / CALIBRATION
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        return content.pop("pose"), aggregation.from_json(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error}; remove it and evaluate again") from error
 
 
 def ambiguous_frames(test: Examples, settings: ml_collections.ConfigDict) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags
 
 import experiments
-from diffpose_jax import checkpoints, files, results
+from diffpose_jax import aggregation, checkpoints, files
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or one of its steps.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")
@@ -27,9 +27,9 @@ def main(_: list[str]) -> None:
         )
     output = Path(OUTPUT.value)
     checkpoints.export(checkpoints.load(CHECKPOINT.value, WEIGHTS.value), output)
-    calibration = Path(CHECKPOINT.value) / results.CALIBRATION
+    calibration = Path(CHECKPOINT.value) / aggregation.CALIBRATIONS
     if calibration.exists():
-        files.write_whole(output / results.CALIBRATION, calibration.read_bytes())
+        files.write_whole(output / aggregation.CALIBRATIONS, calibration.read_bytes())
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB")
 

@@ -12,6 +12,7 @@ from scipy.stats import binom
 
 from diffpose_jax import aggregation
 from diffpose_jax.aggregation import METHODS, fit_calibration, radius, uncalibrated
+from diffpose_jax.checkpoints import CheckpointError
 from diffpose_jax.data import simulator
 from diffpose_jax.skeleton import H36M_MIRROR, MPII_MIRROR, MPII_TO_H36M
 
@@ -515,3 +516,30 @@ def test_bad_input_is_refused():
     hypotheses, _ = random_case(54)
     with pytest.raises(ValueError, match="chosen poses"):
         radius(hypotheses, hypotheses[:, :2, 0], uncalibrated(0.9))
+
+
+# --- beside a model ----------------------------------------------------------------------
+
+
+def test_calibrations_beside_a_model(tmp_path):
+    """By method; found from a run's folder and from those of its steps."""
+    assert aggregation.read_calibration(tmp_path, "mean") is None
+    factor = np.linspace(1, 2, 17, dtype=np.float32)
+    of_mean = aggregation.Calibration(factor, 1.0, 0.8, 90, 12)
+    aggregation.write_calibration(tmp_path, "mean", aggregation.uncalibrated(0.5))
+    aggregation.write_calibration(tmp_path, "mode", aggregation.uncalibrated(0.9))
+    aggregation.write_calibration(tmp_path, "mean", of_mean)
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "100"):
+        found = aggregation.read_calibration(folder, "mean")
+        np.testing.assert_array_equal(found.factor, factor)
+        assert (found.level, found.num_groups) == (0.8, 12)
+        assert aggregation.read_calibration(folder, "mode").level == 0.9
+        assert aggregation.read_calibration(folder, "medoid") is None
+
+
+@pytest.mark.parametrize("damaged", ["", "[1", '{"mean": {}}', '{"mean": 3}', "3"])
+def test_damaged_calibrations(tmp_path, damaged):
+    (tmp_path / "calibration.json").write_text(damaged)
+    with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .*; remove it"):
+        aggregation.read_calibration(tmp_path, "mean")

@@ -15,8 +15,7 @@ import pytest
 from small import examples, network, write_motion
 
 import diffpose_jax
-from diffpose_jax import checkpoints, scalars, training
-from diffpose_jax import results as results_lib
+from diffpose_jax import aggregation, checkpoints, scalars, training
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS, STEPS_PER_DISPATCH, CHECKPOINT_EVERY = 60, 2, 4
@@ -170,8 +169,7 @@ def test_results_of_training(run):
     chosen = methods["model_heatmap_agreement"]
     assert 0 <= chosen["coverage"] <= 1
     assert chosen["radius_mm"] > 0
-    pose, calibration = results_lib.read_calibration(run)
-    assert pose == "heatmap_agreement"
+    calibration = aggregation.read_calibration(run, "heatmap_agreement")
     assert (calibration.num_frames, calibration.num_groups) == (12, 1)
     assert set(methods["model"]["mpjpe_best_at"]) == {"1", "2", "5", "10", "20"}
     assert methods["model"]["mpjpe_best"] <= methods["model"]["mpjpe_mean"]

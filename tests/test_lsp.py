@@ -112,7 +112,7 @@ def test_unreadable_image(tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     pictures = lsp.read(folder)
     assert next(pictures).name == "im00001"
-    with pytest.raises(ValueError, match=r"im00002\.jpg cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"im00002\.jpg cannot be read"):
         next(pictures)
 
 

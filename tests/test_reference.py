@@ -264,7 +264,7 @@ def hrnet_case(load, reference_dir):
     spec = reference_dir / "hrnet_w32_state_dict.json"
     spec = spec if spec.exists() else GOLDEN / spec.name
     params = hrnet.from_torch(seeded_weights(spec, int(case["weights_seed"])))
-    return case, Detector(hrnet.HRNet(), hrnet.preprocess, params, input_px=256)
+    return case, Detector(hrnet.HRNet(), hrnet.preprocess, params, 256, "hrnet_w32-seeded")
 
 
 def test_hrnet(hrnet_case):

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from diffpose_jax import extras
+from diffpose_jax import extras, pictures
 from diffpose_jax.data import cameras
 
 JOINTS: tuple[str, ...] = (
@@ -75,12 +74,7 @@ def _pictures(paths: list[Path], joints: np.ndarray) -> Iterator[Picture]:
         seen_px = np.stack(xy, axis=-1)[visible > 0]
         if len(seen_px) < 2:
             continue
-        try:
-            with Image.open(path) as file:
-                image = np.asarray(file.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        yield Picture(path.stem, image, cameras.square_crop(seen_px[None]))
+        yield Picture(path.stem, pictures.read(path), cameras.square_crop(seen_px[None]))
 
 
 def _read_joints(path: Path) -> np.ndarray:

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from diffpose_jax import pictures
 from diffpose_jax.data import cameras, detections
 from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.data.mpi_inf_3dhp.annotations import Recording
@@ -158,12 +159,7 @@ def _read(recording: Recording, input_px: int) -> Iterator[dict[str, np.ndarray]
 
 
 def _cut(path: Path, corner_px: np.ndarray, side_px: float, input_px: int) -> np.ndarray:
-    try:
-        with Image.open(path) as file:
-            image = np.asarray(file.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return crops.square_crop_image(image, corner_px, side_px, input_px)
+    return crops.square_crop_image(pictures.read(path), corner_px, side_px, input_px)
 
 
 def prepare(

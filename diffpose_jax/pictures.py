@@ -1,0 +1,152 @@
+"""Reads pictures: files of any kind that a camera or a browser writes, to RGB as it is seen."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from PIL import ExifTags, Image
+
+MAX_PIXELS = 120_000_000
+"""The largest picture that is read, of which phones have 108 megapixels; it takes 2 GB."""
+
+MAX_SIDE_PX = 16_000
+"""The longest side of a picture that is read: squares are cut out of it, 1.2 times as wide."""
+
+MIN_SIDE_PX = 16
+"""The narrowest picture that is read: less shows no person."""
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    ".jp2", ".avif", ".ppm", ".pgm", ".pbm", ".heic", ".heif",
+)  # fmt: skip
+"""Endings of files that are taken for pictures in a folder; the last two then say what to do."""
+
+# No others: Pillow would hand EPS to Ghostscript, for instance.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PictureError(ValueError):
+    """A picture cannot be read; the message names the file and says why."""
+
+
+def read(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a picture as it is meant to be seen.
+
+    The EXIF orientation is applied; transparent parts are put on white, as a browser shows them;
+    of 16 bits the upper eight count; CMYK and palettes become RGB without a colour profile. Of an
+    animation the first frame is read, and a warning says so.
+
+    Args:
+        path: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM, or AVIF if Pillow has it.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        PictureError: If it is not such a file, is damaged, has more than `MAX_PIXELS` or a
+            side above `MAX_SIDE_PX` (both found before it is decoded) or below `MIN_SIDE_PX`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PictureError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of damaged metadata, which does not matter, and of half its own limit.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_readable()) as picture:
+                _check_size(path, picture)
+                if getattr(picture, "is_animated", False) and picture.format != "MPO":
+                    logging.warning("%s is animated: only its first frame is read", path)
+                picture.load()
+                return np.array(_upright(_to_rgb(path, picture), picture))
+    except PictureError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(
+            f"{path} is not a picture of a kind that can be read, or is damaged: take JPEG, PNG,"
+            " WebP, GIF, BMP or TIFF (and convert HEIC to JPEG)"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{path}: {_TOO_LARGE}") from error
+    except Exception as error:  # for damaged files Pillow raises errors of many kinds
+        raise PictureError(f"{path} cannot be read, it seems to be damaged: {error}") from error
+
+
+def find(folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures in a folder by their `SUFFIXES`, in order; not those in folders within it.
+
+    Raises:
+        PictureError: If there are none.
+    """
+    found = sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not found:
+        raise PictureError(f"{folder} holds no pictures (files that end in .jpg, .png, ...)")
+    return found
+
+
+_TOO_LARGE = (
+    f"more than {MAX_PIXELS // 10**6} megapixels or {MAX_SIDE_PX:,} px to a side; scale it down or"
+    " cut out the person"
+)
+
+
+def _readable() -> list[str]:
+    """Those of the formats that this Pillow knows."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_size(path: Path, picture: Image.Image) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
+        raise PictureError(f"{path} has {width} x {height} px, {_TOO_LARGE}")
+    if min(width, height) < MIN_SIDE_PX:
+        raise PictureError(
+            f"{path} has {width} x {height} px: too small to show a person (the least is"
+            f" {MIN_SIDE_PX} px)"
+        )
+
+
+def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise PictureError(f"{path} has floating-point pixels: nothing says which of them is white")
+    if picture.mode.startswith("I"):
+        # Pillow would clip 16 bits to 255 instead of scaling them.
+        grey = np.clip(np.asarray(picture) >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def _upright(rgb: Image.Image, picture: Image.Image) -> Image.Image:
+    """Turns a picture by the orientation in its metadata.
+
+    `ImageOps.exif_transpose` would write the metadata anew, which fails for some cameras'.
+    """
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata: the picture itself is there
+        return rgb
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb

@@ -1,0 +1,169 @@
+"""Predicts poses from pictures of people, or from heatmaps.
+
+    python -m experiments.predict --checkpoint runs/quickstart --detector DIR --image photo.jpg
+        --output DIR
+    python -m experiments.predict --checkpoint runs/quickstart --heatmaps maps.npy --output DIR
+
+Writes hypotheses.npz (`prediction.contents` lists its arrays), poses.png and pose.html, which turns
+in 3D. Of several people (`--box` given several times), pictures (a folder) or heatmaps, each has a
+folder of its own in the output.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import experiments
+from diffpose_jax import aggregation, checkpoints, detectors, pictures, prediction
+from diffpose_jax.detectors import Detector
+from diffpose_jax.pictures import PictureError
+from diffpose_jax.prediction import Box, Detection, Prediction, PredictionError
+from diffpose_jax.skeleton import MPII_JOINTS
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or an export.")
+IMAGE = flags.DEFINE_string("image", None, "A picture of a person, or a folder of pictures.")
+HEATMAPS = flags.DEFINE_string(
+    "heatmaps", None, "A .npy file, or .npz with heatmaps, (16, 64, 64) or (B, 16, 64, 64)."
+)
+DETECTOR = flags.DEFINE_string(
+    "detector", None, "Folder of a detector, such as experiments.convert --efficientpose writes."
+)
+BOX = flags.DEFINE_multi_string(
+    "box", [], "Where a person is in the picture: x,y,w,h in pixels; once for each person."
+)
+NUM_HYPOTHESES = flags.DEFINE_integer("num_hypotheses", 200, "Hypotheses.", lower_bound=1)
+POSE = flags.DEFINE_enum(
+    "pose",
+    "heatmap_agreement",
+    list(aggregation.METHODS),
+    "How the hypotheses become a single pose.",
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the hypotheses.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
+
+
+class Subject(NamedTuple):
+    """A person to predict: a name, the folder to write and how to get the heatmaps."""
+
+    name: str
+    folder: Path
+    detect: Callable[[], Detection]
+
+
+def main(_: list[str]) -> None:
+    """Predicts and writes."""
+    _check_flags()
+    if IMAGE.value is None:
+        subjects = _heatmaps(Path(HEATMAPS.value), Path(OUTPUT.value))
+    else:
+        load = functools.cache(functools.partial(detectors.load, DETECTOR.value))
+        subjects = _pictures(Path(IMAGE.value), Path(OUTPUT.value), load)
+    model = checkpoints.load(CHECKPOINT.value)
+    calibration = aggregation.read_calibration(CHECKPOINT.value, POSE.value)
+    key = jax.random.key(SEED.value)
+    failed = 0
+    for subject in subjects:
+        try:
+            found = subject.detect()
+            predicted = prediction.predict(
+                model, key, found.heatmaps, NUM_HYPOTHESES.value, POSE.value, calibration
+            )
+            prediction.write(subject.folder, subject.name, model, found, predicted)
+        except PictureError as error:  # names the file
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+        except PredictionError as error:
+            print(f"error: {subject.name}: {error}", file=sys.stderr)
+            failed += 1
+        else:
+            print(_summary(subject.folder, found, predicted), flush=True)
+    if failed:
+        sys.exit(f"{failed} of {len(subjects)} gave no poses" if len(subjects) > 1 else 1)
+
+
+def _check_flags() -> None:
+    if CHECKPOINT.value is None or OUTPUT.value is None:
+        raise app.UsageError("--checkpoint and --output are needed")
+    if (IMAGE.value is None) == (HEATMAPS.value is None):
+        raise app.UsageError("either --image or --heatmaps is needed")
+    if IMAGE.value is not None and DETECTOR.value is None:
+        raise app.UsageError(
+            "--image needs --detector DIR; python -m experiments.convert --efficientpose download"
+            " --output DIR makes one"
+        )
+    if BOX.value and (IMAGE.value is None or Path(IMAGE.value).is_dir()):
+        raise app.UsageError("--box says where people are in one picture: give it as --image FILE")
+    if (output := Path(OUTPUT.value)).exists() and not output.is_dir():
+        raise PredictionError(f"--output {output} is a file; name a folder")
+
+
+def _heatmaps(path: Path, output: Path) -> list[Subject]:
+    """One for each picture's heatmaps; a single one lies in the output itself."""
+    maps = prediction.read_heatmaps(path)
+
+    def subject(name: str, folder: Path, of_picture: np.ndarray) -> Subject:
+        found = Detection(of_picture)
+        return Subject(name, folder, functools.partial(prediction.check_not_flat, found))
+
+    if len(maps) == 1:
+        return [subject(path.name, output, maps[0])]
+    return [
+        subject(f"{path.name}, {row}", output / f"heatmaps_{row:04d}", of_picture)
+        for row, of_picture in enumerate(maps)
+    ]
+
+
+def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Subject]:
+    """One for each picture, or each person in one; a single one lies in the output itself."""
+    if path.is_dir():
+        paths = pictures.find(path)
+        stems = [picture.stem.casefold() for picture in paths]
+        return [
+            Subject(
+                picture.name,
+                # One folder each, also for a.jpg and a.png.
+                output / (picture.stem if stems.count(stem) == 1 else picture.name),
+                lambda picture=picture: prediction.detect(load(), pictures.read(picture)),
+            )
+            for picture, stem in zip(paths, stems, strict=True)
+        ]
+    image = pictures.read(path)
+    boxes = [Box.parse(text) for text in BOX.value] or [None]
+    for box in filter(None, boxes):
+        box.crop(image)  # Before any work: it tells of a box that lies outside.
+
+    def subject(name: str, folder: Path, box: Box | None) -> Subject:
+        return Subject(name, folder, lambda: prediction.detect(load(), image, box))
+
+    if len(boxes) == 1:
+        return [subject(path.name, output, boxes[0])]
+    return [
+        subject(f"{path.name}, person {number}", output / f"person_{number}", box)
+        for number, box in enumerate(boxes, start=1)
+    ]
+
+
+def _summary(folder: Path, found: Detection, predicted: Prediction) -> str:
+    """What a terminal says of a person."""
+    chosen = predicted.chosen
+    lines = [
+        f"{folder}: {len(predicted.poses_mm)} hypotheses, {chosen.name}, {100 * chosen.level:g}%"
+        f" radius {np.median(chosen.radius_mm[1:]):.0f} mm (median of the joints)",
+        f"  radius: {chosen.meaning}",
+    ]
+    unseen = [name for name, seen in zip(MPII_JOINTS, found.is_found, strict=True) if not seen]
+    if unseen and found.crop is not None:
+        lines.append(f"  not seen: {', '.join(unseen)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    experiments.run(main)
