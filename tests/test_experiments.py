@@ -60,8 +60,9 @@ class Workplace:
             )
         )
 
-    def start(self, module, *arguments):
-        environment = {
+    @property
+    def environment(self):
+        return {
             **os.environ,
             "PYTHONPATH": str(ROOT / "tests"),
             "JAX_PLATFORMS": "cpu",
@@ -71,12 +72,14 @@ class Workplace:
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+
+    def start(self, module, *arguments):
         # Into files: a pipe that nobody reads would stop the process when it is full.
         with self.stdout.open("w") as stdout, self.stderr.open("w") as stderr:
             return subprocess.Popen(
                 [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
                 cwd=ROOT,
-                env=environment,
+                env=self.environment,
                 stdout=stdout,
                 stderr=stderr,
             )
@@ -224,6 +227,52 @@ def test_export(workplace, run, tmp_path):
     assert samples.shape == (1, 4, 17, 3)
     assert np.isfinite(samples).all()
     assert samples.tobytes() == ours.tobytes()
+
+
+NOTEBOOK = ROOT / "experiments" / "evaluate.ipynb"
+EXECUTE = """
+import sys, nbformat, nbclient
+notebook = nbformat.read(sys.argv[1], as_version=4)
+folder = {"metadata": {"path": sys.argv[2]}}
+nbclient.NotebookClient(notebook, timeout=600, resources=folder).execute()
+nbformat.write(notebook, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(workplace, run, tmp_path):
+    """From top to bottom on another run, in its own folder; every cell gives something."""
+    environment = workplace.environment | {
+        "DIFFPOSE_CHECKPOINT": str(run),
+        "DIFFPOSE_DATA_DIR": str(workplace.folder / "data"),
+        "DIFFPOSE_NUM_FRAMES": "8",
+        "PYTHONPATH": str(ROOT),
+    }
+    arguments = [NOTEBOOK, NOTEBOOK.parent, tmp_path / "executed.ipynb"]
+    done = subprocess.run(
+        [sys.executable, "-c", EXECUTE, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for cell in code_cells(tmp_path / "executed.ipynb")[1:]:
+        assert cell["outputs"] or "=" in cell["source"][-1], cell["source"]
+
+
+def code_cells(notebook):
+    return [cell for cell in read_json(notebook)["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_stored_with_its_outputs():
+    cells = code_cells(NOTEBOOK)
+    kinds = [
+        kind for cell in cells for output in cell["outputs"] for kind in output.get("data", {})
+    ]
+    assert kinds.count("image/png") == 4
+    assert kinds.count("text/markdown") == 2
+    assert all(cell["execution_count"] for cell in cells)
 
 
 HUMAN36M = """

@@ -442,7 +442,10 @@ def test_people_in_a_picture(command, tmp_path, capsys):
     page = (output / "person_2" / "pose.html").read_text(encoding="utf-8")
     assert "<title>two &amp; &lt;b&gt;.png, person 2</title>" in page
     printed = capsys.readouterr().out
-    assert f"{output / 'person_1'}: 5 hypotheses, chosen pose (heatmap agreement), 90% radius" in printed
+    assert (
+        f"{output / 'person_1'}: 5 hypotheses, chosen pose (heatmap agreement), 90% radius"
+        in printed
+    )
     assert "not calibrated on data" in printed
 
     # One box alone: into the output itself, in place of what is there.
