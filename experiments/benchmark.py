@@ -3,7 +3,7 @@
     python -m experiments.benchmark [--parts data,detector] [--examples 20000]
 
 Weights and input are synthetic. `data`: a set of detections is prepared and read in random
-batches, against what training the paper's model consumes. `detector`: images a second.
+batches, against what training the paper's model consumes. `detector`: images a second of both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diffpose_jax import model as model_lib
 from diffpose_jax import training
 from diffpose_jax.data import detections, mocap, motion, simulator
 from diffpose_jax.data.detections import Part
-from diffpose_jax.detectors import hrnet
+from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 PARTS = flags.DEFINE_list("parts", ["data", "detector"], "What to measure.")
@@ -135,14 +135,22 @@ def _train_step_seconds() -> float:
 
 
 def detector() -> None:
-    """Images a second of HRNet-W32 on crops of 256 px."""
+    """Images a second of both detectors, on crops of the size that each reads."""
     batch = 2 if jax.default_backend() == "cpu" else 64
-    network = hrnet.HRNet()
-    crops = np.random.default_rng(0).integers(0, 256, (batch, 256, 256, 3), np.uint8)
-    images = hrnet.preprocess(jax.numpy.asarray(crops))
-    params = jax.jit(network.init)(jax.random.key(0), images)
-    seconds = median_seconds(functools.partial(jax.jit(network.apply), params, images), 5)
-    report(part="detector", network="hrnet_w32", batch=batch, images_per_second=batch / seconds)
+    networks = {
+        "hrnet_w32": (hrnet.HRNet(), hrnet.preprocess, 256),
+        "efficientpose_ii_lite": (
+            efficientpose.EfficientPose(),
+            efficientpose.preprocess,
+            efficientpose.INPUT_PX,
+        ),
+    }
+    for name, (network, preprocess, input_px) in networks.items():
+        crops = np.random.default_rng(0).integers(0, 256, (batch, input_px, input_px, 3), np.uint8)
+        images = preprocess(jax.numpy.asarray(crops))
+        params = jax.jit(network.init)(jax.random.key(0), images)
+        seconds = median_seconds(functools.partial(jax.jit(network.apply), params, images), 5)
+        report(part="detector", network=name, batch=batch, images_per_second=batch / seconds)
 
 
 def _peak_memory_mb() -> float:

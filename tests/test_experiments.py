@@ -367,3 +367,16 @@ def test_errors(workplace, tmp_path, module, arguments, message):
     assert message in workplace.stderr.read_text()
 
     assert not (tmp_path / "output" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_benchmark(workplace):
+    """Prints a JSON object a line, with the figures that it promises."""
+    printed = workplace.run("benchmark", "--parts", "data", "--examples", 1000)
+    machine, data = map(json.loads, printed.splitlines())
+    assert machine["backend"] == "cpu"
+    assert data["examples"] == 1000
+    for figure in ("prepared_per_second", "read_per_second", "training_consumes_per_second"):
+        assert data[figure] > 0
+    ratio = data["read_per_second"] / data["training_consumes_per_second"]
+    assert data["read_over_training"] == pytest.approx(ratio, rel=1e-2)
