@@ -432,3 +432,13 @@ def test_unknown_and_missing_fields():
         ValueError, match=r"config\.training: unknown field decoy, missing field decay; .*num_steps"
     ):
         training.from_config(network(config), config.training)
+
+
+def test_a_dispatch_of_one_step_is_that_step(trainer, step, batches):
+    """It is compiled without the loop over the steps."""
+    devices = jax.local_devices()[:1]
+    first = jax.tree.map(lambda x: x[:1], batches[0])
+    ((state, losses, _),), _ = run(trainer, [first], devices)
+    expected, loss = step(trainer.init(jax.random.key(0)), KEY, jax.tree.map(lambda x: x[0], first))
+    np.testing.assert_allclose(losses, [loss], rtol=1e-6)
+    assert_same_states(state, leaves(expected))
