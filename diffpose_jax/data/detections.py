@@ -169,7 +169,7 @@ class DetectionsBuilder(FileReaderBuilder):
         detector: Detector | None = None,
         data_dir: str | Path | None = None,
     ) -> None:
-        with _quiet():
+        with quiet_tfds():
             super().__init__(config=config, data_dir=data_dir, file_format="array_record")
         self._detector = detector
 
@@ -204,7 +204,7 @@ class DetectionsBuilder(FileReaderBuilder):
           ValueError, FileNotFoundError: what `check` and the parts raise; a note says in which
             part.
         """
-        with _quiet():
+        with quiet_tfds():
             self.download_and_prepare()
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -340,10 +340,11 @@ class DetectionsBuilder(FileReaderBuilder):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_tfds() -> Iterator[None]:
     """Keeps TFDS from warning of configurations that are not known beforehand.
 
-    And from announcing a download, although there is nothing to download.
+    And from announcing a download, although there is nothing to download. Its progress bars, on
+    stderr, stay.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)

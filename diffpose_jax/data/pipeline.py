@@ -367,15 +367,15 @@ class Selection:
 
 @flax.struct.dataclass
 class HeldData:
-    """A training split as arrays, on the host or, as the argument of a dispatch, on devices.
+    """A training split, on the host or, as the argument of a dispatch, on devices.
 
     Attributes:
       pose_mm: (N, 17, 3).
-      evidence: what candidates come from.
+      evidence: what candidates come from; arrays, not files, if it is to lie on devices.
     """
 
     pose_mm: Array | np.ndarray
-    evidence: HeatmapsInMemory | PredrawnCandidates
+    evidence: Evidence
 
     def batch(self, selection: Selection) -> Batch:
         """The examples of a selection."""
@@ -400,7 +400,7 @@ class TrainingData:
     seed: int
 
     def held(self) -> HeldData:
-        """All examples at once, for a data set that is to lie on the devices."""
+        """All examples at once."""
         return HeldData(self.examples.pose_mm, self.evidence)
 
     def selection(self, step: int, num_steps: int, batch_size: int) -> Selection:
@@ -419,11 +419,7 @@ class TrainingData:
 
     def batch(self, step: int, num_steps: int, batch_size: int) -> Batch:
         """Images for the steps after `step`: leading axes (num_steps, batch_size)."""
-        chosen = self.selection(step, num_steps, batch_size)
-        return Batch(
-            evidence=self.evidence.take(chosen.rows, chosen.places),
-            pose_mm=self.examples.pose_mm[chosen.rows],
-        )
+        return self.held().batch(self.selection(step, num_steps, batch_size))
 
     def dispatches(
         self, first: int, last: int, num_steps: int, batch_size: int, *, held: bool = False

@@ -8,10 +8,8 @@ neither on the order nor on the number of the others.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -22,9 +20,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
-from diffpose_jax.data import cameras, mocap, simulator
+from diffpose_jax.data import cameras, detections, mocap, simulator
 from diffpose_jax.data.motion.bodies import BodyConfig, exchange_parts, vary_bodies
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
@@ -350,16 +347,9 @@ def prepare(config: ml_collections.ConfigDict, data_dir: str | Path) -> Motion:
         ValueError, FileNotFoundError: See `builder_config` and `mocap.read_folder`.
     """
     made = builder_config(config)
-    # TFDS warns of every configuration that it does not know beforehand, and announces a download
-    # although there is nothing to download. Its progress bars (on stderr) stay.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder = Motion(config=made, data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare()
-    finally:
-        logging.set_verbosity(verbosity)
+    with detections.quiet_tfds():
+        builder = Motion(config=made, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
     return builder
 
 
