@@ -7,6 +7,8 @@ shift, as in the published program.
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ import numpy as np
 from jax import Array
 
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
+
+_BLOCK = 8
+"""Cells of a row whose weights are summed beforehand, see `sample_cells`."""
 
 
 @flax.struct.dataclass
@@ -68,7 +73,8 @@ def check(heatmaps: Array | np.ndarray) -> np.ndarray:
     # jnp.issubdtype knows bfloat16 and its like, np.issubdtype does not.
     if not any(jnp.issubdtype(heatmaps.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"heatmaps must be real numbers, not {heatmaps.dtype}")
-    heatmaps = heatmaps.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        heatmaps = heatmaps.astype(np.float32)
     finite = np.isfinite(heatmaps).all(axis=(2, 3))
     if not finite.all():
         image, joint = np.argwhere(~finite)[0]
@@ -112,55 +118,47 @@ def normalise(heatmaps: Array) -> Array:
 def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, Array]:
     """Draws cells of one map with replacement, p proportional to max(height, 0).
 
-    The inverse transform in two stages: the row from the cumulative sums of the rows, the column
-    from the cumulative heights of that row. It takes two uniform numbers a sample.
+    The inverse transform in three stages, each with a uniform number of its own: the row, a block
+    of eight cells in it, the cell. So a sample reads 80 numbers, not the cumulative sums of 4,096.
 
     Args:
       key: a random key.
-      heatmap: (H, W). An all-non-positive map is uniform with likelihood 0.
+      heatmap: (H, W), W a multiple of 8. An all-non-positive map is uniform with likelihood 0.
       num_samples: S.
 
     Returns:
       cells (S,) int32 and likelihoods (S,) float32.
     """
     heatmap = heatmap.astype(jnp.float32)
-    flat = jnp.all(heatmap <= 0)
-    weight = jnp.where(flat, 1.0, jnp.maximum(heatmap, 0.0))
-    uniform_row, uniform_column = jax.random.uniform(key, (2, num_samples))
-    by_column = _cumulative(weight)
-    by_row = _cumulative(by_column[:, -1])[None]
-    row = _bisect(by_row, jnp.zeros(num_samples, jnp.int32), uniform_row)
-    column = _bisect(by_column, row, uniform_column)
-    cells = row * heatmap.shape[1] + column
+    width = heatmap.shape[1]
+    positive = jnp.maximum(heatmap, 0.0)
+    # A sum of strided parts is twice as fast on a CPU as one over a short axis.
+    blocks = sum((positive[:, i::_BLOCK] for i in range(_BLOCK)), jnp.zeros(()))
+    rows = jnp.sum(blocks, axis=1, keepdims=True).T
+    flat = jnp.all(rows <= 0)
+
+    def pick(weight: Array, uniform: Array) -> Array:
+        """Indices (S,) by the inverse transform of weights (S or 1, N), numbers (S,)."""
+        size = weight.shape[1]
+        # Cumulative sums as a product: ten times faster than a scan.
+        upper = jnp.triu(jnp.ones((size, size)))
+        cumulative = jnp.matmul(jnp.where(flat, 1.0, weight), upper, precision="highest")
+        target = uniform[:, None] * cumulative[:, -1:]
+        below = jnp.sum(cumulative <= target, axis=1, dtype=jnp.int32)
+        return jnp.minimum(below, size - 1)
+
+    uniform = jax.random.uniform(key, (3, num_samples))
+    row = pick(rows, uniform[0])
+    block = pick(blocks[row], uniform[1])
+    heights = heatmap.reshape(-1, _BLOCK)[row * (width // _BLOCK) + block]
+    place = pick(jnp.maximum(heights, 0.0), uniform[2])
+    likelihood = jnp.sum(jnp.where(jnp.arange(_BLOCK)[None] == place[:, None], heights, 0.0), 1)
+
     # Rounding of the sums leads to a cell of weight 0 once in ten million draws.
-    cells = jnp.where(weight[row, column] > 0, cells, argmax_cells(heatmap))
-    likelihood = jnp.where(flat, 0.0, heatmap.reshape(-1)[cells])
+    is_cell = flat | (likelihood > 0)
+    cells = jnp.where(is_cell, row * width + block * _BLOCK + place, argmax_cells(heatmap))
+    likelihood = jnp.where(flat, 0.0, jnp.where(is_cell, likelihood, jnp.max(heatmap)))
     return cells.astype(jnp.int32), likelihood
-
-
-def _cumulative(weight: Array) -> Array:
-    """Cumulative sums over the last axis, as a product: ten times faster than a scan."""
-    size = weight.shape[-1]
-    return jnp.matmul(weight, jnp.triu(jnp.ones((size, size))), precision="highest")
-
-
-def _bisect(cumulative: Array, row: Array, uniform: Array) -> Array:
-    """Where uniform numbers times the total fall among the cumulative weights of a row.
-
-    Args:
-      cumulative: (R, N), cumulative weights, N a power of two.
-      row: (S,), the row of each sample.
-      uniform: (S,), in [0, 1).
-
-    Returns:
-      (S,) int32: the index whose weight spans the target.
-    """
-    target = uniform * cumulative[row, -1]
-    index, half = jnp.zeros_like(row), cumulative.shape[1] // 2
-    while half:
-        index = jnp.where(cumulative[row, index + half - 1] <= target, index + half, index)
-        half //= 2
-    return index
 
 
 def sample(
@@ -188,5 +186,6 @@ def sample(
         return drawn
     best = argmax(heatmaps)
     # A map without a positive cell says nothing: its argmax must not count either.
-    best = best.replace(likelihood=jnp.where(best.likelihood > 0, best.likelihood, 0.0))
+    likelihood = jnp.where(best.likelihood > 0, best.likelihood, 0.0)
+    best = dataclasses.replace(best, likelihood=likelihood)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=0), best, drawn)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffpose_jax import embedding_transformer
 from diffpose_jax.embedding_transformer import EmbeddingTransformer, axis_histograms
 from diffpose_jax.heatmaps import HeatmapSamples
 
@@ -122,6 +123,11 @@ def test_candidates_as_data_sets_store_them():
 def test_histograms_sum_the_weights_of_each_column_and_row():
     samples = random_samples(7)
     histograms = axis_histograms(samples.cells, samples.likelihood)
+    cells = np.int32(samples.cells)
+    other = embedding_transformer._histograms_by_comparing
+    for image in np.ndindex(cells.shape[:-2]):
+        found = other(cells[image] % 64, cells[image] // 64, np.asarray(samples.likelihood)[image])
+        np.testing.assert_allclose(found, histograms[image], rtol=1e-6)
     assert histograms.shape == (B, J, 2, 64)
     expected = np.zeros((B, J, 2, 64))
     for b, s, j in np.ndindex(B, S, J):
