@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, forward process, loss and one reverse step.
+"""The diffusion process: noise schedule, forward process, loss, and the steps of the way back.
 
 Names follow Ho et al. (2020): beta_t, alpha-bar_t = prod(1 - beta), x_0 the data, x_T noise.
 The denoiser eps(x_t, t) is an argument everywhere; nothing here knows of networks or poses.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +24,19 @@ Denoise = Callable[[Array, Array], Array]
 class Schedule:
     """The noise schedule and what derives from it, each (T,) float64.
 
+    Schedules of the same numbers are equal: what JAX compiled for one serves the other.
+
     Attributes:
       betas: variance of the noise added at step t.
     """
 
     betas: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and np.array_equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash(self.betas.tobytes())
 
     @property
     def num_steps(self) -> int:
@@ -155,22 +164,128 @@ def predict_x_0(schedule: Schedule, x_t: Array, t: Array, eps: Array, clip: floa
     return jnp.clip(x_0, -clip, clip)
 
 
+@flax.struct.dataclass
+class ReverseSteps:
+    """A way back from noise to data: what every solver here does, as a table.
+
+    A step leads from x_t, by the x_0 that the denoiser implies, to
+    x = `x_t` x_t + `x_0` x_0 + `last_x_0` (the step before's x_0) + `noise` z, z standard normal.
+
+    Attributes:
+      times: (N,) integers, the t of each step, falling.
+      x_t: (N,) float64, and so the other weights.
+      x_0: likewise.
+      last_x_0: likewise; 0 in the first step.
+      noise: likewise; all 0 if the way is deterministic, always 0 in the last step.
+    """
+
+    times: Array | np.ndarray
+    x_t: Array | np.ndarray
+    x_0: Array | np.ndarray
+    last_x_0: Array | np.ndarray
+    noise: Array | np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.times)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no step adds noise."""
+        return not self.noise.any()
+
+
+MAX_GAIN = 20.0
+"""Fewer steps than T begin at the largest t with 1 / sqrt(alpha-bar_t) at most this.
+
+From the last time of the trained schedule (507 with T = 25) an error of the denoiser leads to an
+x_0 far outside of the data, where the clip decides. The noise of the paper's 25 steps makes the
+chain forget that; a deterministic solver, or a few large steps, do not.
+"""
+
+_SOLVERS = ("ddpm", "ddim", "dpm++")
+
+
+def reverse_steps(schedule: Schedule, solver: str = "ddpm") -> ReverseSteps:
+    """The steps of a solver on the trained schedule.
+
+    "ddpm" draws from the posterior q(x_s | x_t, x_0) (Ho et al. 2020, Alg. 2, Eq. 7): the
+    published sampler. "ddim" is its deterministic sibling (Song et al. 2021, Eq. 12 with sigma =
+    0), "dpm++" DPM-Solver++ (2M) (Lu et al. 2022, arXiv 2211.01095, Alg. 2; first order in the
+    first and the last step). All land on x_0 in the last step.
+
+    Args:
+      schedule: the noise schedule.
+      solver: "ddpm" for the paper's T steps; "ddpm:8", "ddim:8" or "dpm++:8" for fewer, evenly
+        spread from where `MAX_GAIN` says down to t = 0.
+
+    Raises:
+      ValueError: for an unknown solver, or a number of steps that the schedule has not.
+    """
+    name, _, number = solver.partition(":")
+    few = np.flatnonzero(schedule.sqrt_recip_alphas_cumprod <= MAX_GAIN)
+    if solver == "ddpm":
+        times = np.arange(schedule.num_steps)[::-1]
+    elif name in _SOLVERS and number.isdecimal() and 1 <= int(number) <= len(few):
+        times = np.round(np.linspace(few[-1], 0, int(number))).astype(int)
+    else:
+        raise ValueError(
+            f"the solver must be 'ddpm', or {' or '.join(_SOLVERS)} with 1 to {len(few)} steps,"
+            f" such as 'ddpm:8', not {solver!r}"
+        )
+    num_steps = len(times)
+    alpha_bar = schedule.alphas_cumprod[times]
+    alpha_bar_next = np.append(schedule.alphas_cumprod[times[1:]], 1.0)
+    zeros = np.zeros(num_steps)
+    if name == "ddpm":
+        share = alpha_bar / alpha_bar_next
+        return ReverseSteps(
+            times=times,
+            x_t=np.sqrt(share) * (1.0 - alpha_bar_next) / (1.0 - alpha_bar),
+            x_0=np.sqrt(alpha_bar_next) * (1.0 - share) / (1.0 - alpha_bar),
+            last_x_0=zeros,
+            noise=np.sqrt((1.0 - share) * (1.0 - alpha_bar_next) / (1.0 - alpha_bar)),
+        )
+    ratio = np.sqrt((1.0 - alpha_bar_next) / (1.0 - alpha_bar))
+    x_0 = np.sqrt(alpha_bar_next) - ratio * np.sqrt(alpha_bar)
+    last_x_0 = zeros
+    if name == "dpm++":
+        half_log_snr = 0.5 * np.log(alpha_bar / (1.0 - alpha_bar))
+        step = np.diff(half_log_snr)
+        extrapolated = np.zeros(num_steps)
+        # Steps 1 .. N - 2 lead from times[1:-1]; of `step`, that before is one back.
+        extrapolated[1:-1] = 0.5 * step[1:] / step[:-1]
+        x_0, last_x_0 = x_0 * (1.0 + extrapolated), -x_0 * extrapolated
+    return ReverseSteps(times=times, x_t=ratio, x_0=x_0, last_x_0=last_x_0, noise=zeros)
+
+
 def reverse_step(
-    denoise: Denoise, schedule: Schedule, x_t: Array, t: Array, noise: Array, clip: float
-) -> Array:
-    """One step of the reverse process: a draw of x_{t-1} given x_t (Ho et al. Alg. 2).
+    denoise: Denoise,
+    schedule: Schedule,
+    row: ReverseSteps,
+    x_t: Array,
+    last_x_0: Array,
+    noise: Array | None,
+    clip: float,
+) -> tuple[Array, Array]:
+    """One step of the way back.
 
     Args:
       denoise: eps(x_t, t).
       schedule: the noise schedule.
+      row: one row of the table: scalars.
       x_t: (..., N).
-      t: (...), integers.
-      noise: (..., N), standard normal; without effect at t = 0, where the variance is 0.
+      last_x_0: (..., N), the x_0 of the step before.
+      noise: (..., N), standard normal; None for none.
       clip: bound of the predicted x_0.
+
+    Returns:
+      The next x and this step's x_0.
     """
+    t = jnp.broadcast_to(row.times, x_t.shape[:-1])
     x_0 = predict_x_0(schedule, x_t, t, denoise(x_t, t), clip)
-    mean = (
-        _at(schedule.posterior_mean_coef1, t, x_t) * x_0
-        + _at(schedule.posterior_mean_coef2, t, x_t) * x_t
-    )
-    return mean + _at(np.sqrt(schedule.posterior_variance), t, x_t) * noise
+    x = x_t * row.x_t + x_0 * row.x_0 + last_x_0 * row.last_x_0
+    if noise is not None:
+        x = x + noise * row.noise
+    return x, x_0

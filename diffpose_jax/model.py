@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from diffpose_jax import diffusion, sampling
+from diffpose_jax import devices, diffusion, sampling
 from diffpose_jax import heatmaps as heatmaps_lib
 from diffpose_jax.denoiser import Denoiser
 from diffpose_jax.embedding_transformer import EmbeddingTransformer
@@ -29,7 +29,7 @@ Evidence = HeatmapSamples | Array
 """What an encoder reads: candidates (..., S, 16), or the heatmaps (..., 16, 64, 64) themselves."""
 
 MAX_IMAGES = 64
-"""Images that `Model.sample` works on at a time."""
+"""Images that `Model.sample` works on at a time, on each device."""
 
 POSE_SIZE = 3 * (NUM_JOINTS - 1)
 """Length of a pose vector: 16 joints, without the hip."""
@@ -67,9 +67,12 @@ def vector_to_pose(vector: Array, pose_scale: float = 10.0) -> Array:
     return (1000.0 / pose_scale) * jnp.concatenate([jnp.zeros_like(hip), joints - hip], axis=-2)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class DiffPose:
     """The networks and the diffusion process, without parameters: pure functions of arrays.
+
+    Two that are built alike are equal: what JAX compiled for one serves the other, and a long
+    session that builds many does not keep a program for each.
 
     Attributes:
       encoder: candidates -> condition, or heatmaps -> condition.
@@ -105,6 +108,7 @@ class DiffPose:
         """Type of the matrix products."""
         return self.denoiser.dtype
 
+    @functools.partial(jax.jit, static_argnames="self")
     def init(self, key: Array) -> Params:
         """Draws parameters: {"encoder": .., "denoiser": ..}, float32."""
         encoder_key, denoiser_key = jax.random.split(key)
@@ -135,22 +139,24 @@ class DiffPose:
         self, params: Params, evidence: Evidence, dropout_key: Array | None = None
     ) -> Array:
         """Candidates (..., S, 16) to conditions (..., C); with a key, as in training."""
-        return self.encoder.apply(
+        condition = self.encoder.apply(
             {"params": params["encoder"]},
             evidence,
             deterministic=dropout_key is None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
+        return cast(Array, condition)
 
     def project_condition(self, params: Params, condition: Array) -> Array:
         """What the denoiser makes of a condition, once for all steps: (..., C) -> (..., W)."""
-        return self.denoiser.apply(
+        projected = self.denoiser.apply(
             {"params": params["denoiser"]}, condition, method=Denoiser.project_condition
         )
+        return cast(Array, projected)
 
     def denoise(self, params: Params, x_t: Array, t: Array, projected: Array) -> Array:
         """Predicts the noise: x_t (..., 48), t (...), projected (..., W) -> (..., 48)."""
-        return self.denoiser.apply({"params": params["denoiser"]}, x_t, t, projected)
+        return cast(Array, self.denoiser.apply({"params": params["denoiser"]}, x_t, t, projected))
 
     def loss(
         self, params: Params, key: Array, evidence: Evidence, x_0: Array, num_draws: int = 1
@@ -179,57 +185,77 @@ class DiffPose:
             noise,
         )
 
-    @functools.partial(jax.jit, static_argnames=("self", "num_hypotheses"))
-    def sample(self, params: Params, key: Array, heatmaps: Array, num_hypotheses: int) -> Array:
-        """Draws hypotheses: heatmaps (B, 16, 64, 64) float32 -> (B, M, 17, 3) millimetres."""
+    @functools.partial(jax.jit, static_argnames=("self", "num_hypotheses", "solver"))
+    def sample(
+        self,
+        params: Params,
+        key: Array,
+        heatmaps: Array,
+        num_hypotheses: int,
+        num_images: Array | int | None = None,
+        solver: str = "ddpm",
+    ) -> Array:
+        """Draws hypotheses, on one device.
+
+        Args:
+          params: parameters.
+          key: a random key.
+          heatmaps: (B, 16, 64, 64) float32.
+          num_hypotheses: M.
+          num_images: how many images count, the first ones; it may be traced. The rest costs
+            next to nothing, so that a batch can be padded to a shape that is compiled already.
+          solver: of the reverse process, see `diffusion.reverse_steps`.
+
+        Returns:
+          (B, M, 17, 3) millimetres.
+        """
+        batch = heatmaps.shape[0]  # a symbol in an export, which `len` does not take
+        num_images = batch if num_images is None else num_images
+        steps = diffusion.reverse_steps(self.schedule, solver)
         keys = sampling.image_keys(key, heatmaps)
+        candidate_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
 
-        def projected_conditions(key: Array, heatmaps: Array) -> Array:
-            """(W,), or (M, W) if each hypothesis draws its own candidates."""
+        def projected_condition(key: Array, heatmaps: Array) -> Array:
+            evidence = self.draw_evidence(key, heatmaps)
+            return self.project_condition(params, self.condition(params, evidence))
 
-            def projected(key: Array) -> Array:
-                evidence = self.draw_evidence(key, heatmaps)
-                return self.project_condition(params, self.condition(params, evidence))
+        if not self.candidates_per_hypothesis:
+            projected = jax.vmap(projected_condition)(candidate_keys, heatmaps)
 
-            if not self.candidates_per_hypothesis:
-                return projected(key)
-            indices = jnp.arange(num_hypotheses)
-            return jax.vmap(lambda m: projected(jax.random.fold_in(key, m)))(indices)
-
-        def hypotheses(inputs: tuple[Array, Array]) -> Array:
-            key, projected = inputs
-            return sampling.sample_hypotheses(
-                key,
-                functools.partial(self.denoise, params),
-                projected,
+        def hypothesis(index: Array) -> Array:
+            image, m = index // num_hypotheses, index % num_hypotheses
+            if self.candidates_per_hypothesis:
+                own_key = jax.random.fold_in(candidate_keys[image], m)
+                condition = projected_condition(own_key, heatmaps[image])
+            else:
+                condition = projected[image]
+            return sampling.sample_hypothesis(
+                noise_keys[image],
+                m,
+                lambda x_t, t: self.denoise(params, x_t, t, condition),
                 self.schedule,
+                steps,
                 size=POSE_SIZE,
-                num_hypotheses=num_hypotheses,
                 clip=self.clip,
             )
 
-        candidate_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        if self.candidates_per_hypothesis:
-            # One image at a time: its M conditions need the memory of M images.
-            projected = jax.lax.map(
-                lambda inputs: projected_conditions(*inputs), (candidate_keys, heatmaps)
-            )
-        else:
-            projected = jax.vmap(projected_conditions)(candidate_keys, heatmaps)
-        vectors = jax.lax.map(
-            hypotheses, (noise_keys, projected), batch_size=_images_per_pass(num_hypotheses)
+        draw = functools.partial(
+            sampling.in_passes,
+            jax.vmap(hypothesis),
+            batch * num_hypotheses,
+            num_images * num_hypotheses,
         )
+        # On a CPU the activations of 200 fit the cache and those of many do not; other devices
+        # want work for all of their cores, but for the conditions of so many hypotheses they may
+        # have no memory. Which of them it will be, only the lowering knows.
+        vectors = jax.lax.platform_dependent(
+            cpu=functools.partial(draw, per_pass=200),
+            default=functools.partial(
+                draw, per_pass=1_600 if self.candidates_per_hypothesis else 64 * 200
+            ),
+        )
+        vectors = vectors.reshape(batch, num_hypotheses, POSE_SIZE)
         return vector_to_pose(vectors, self.pose_scale)
-
-
-def _images_per_pass(num_hypotheses: int) -> int:
-    """Images whose hypotheses are denoised together.
-
-    On a CPU the activations of one image fit the cache and those of many do not; other
-    devices want work for all of their cores.
-    """
-    poses = 200 if jax.default_backend() == "cpu" else 64 * 200
-    return max(1, poses // num_hypotheses)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,14 +266,24 @@ class Model:
       network: the networks and the diffusion process.
       params: their parameters.
       config: the whole configuration that the model was trained with.
+      data_fingerprint: of the data set that it was trained on, empty if that is not known.
+      solver: of the reverse process, see `diffusion.reverse_steps`.
     """
 
     network: DiffPose
     params: Params
     config: ml_collections.ConfigDict
+    data_fingerprint: str = ""
+    solver: str = "ddpm"
 
-    def sample(self, key: Array, heatmaps: Array | np.ndarray, num_hypotheses: int = 200) -> Array:
-        """Draws poses from the distribution that the heatmaps imply.
+    def sample(
+        self,
+        key: Array,
+        heatmaps: Array | np.ndarray,
+        num_hypotheses: int = 200,
+        solver: str | None = None,
+    ) -> Array:
+        """Draws poses from the distribution that the heatmaps imply, on all local devices.
 
         The hypotheses of an image depend on the key and its heatmaps, not on the rest of the
         batch; the same key gives the same hypotheses, and more of them keep the first ones.
@@ -257,31 +293,60 @@ class Model:
           heatmaps: (B, 16, 64, 64), MPII joint order, as the detector gives them. A map
             without a positive cell counts as unknown: uniform, with likelihood 0.
           num_hypotheses: M.
+          solver: of the reverse process: "ddpm", the paper's 25 steps, or one with fewer steps
+            such as "ddpm:8", see `diffusion.reverse_steps`; by default the model's.
 
         Returns:
           (B, M, 17, 3), millimetres, Human3.6M joint order, hip-centred camera axes with y up.
 
         Raises:
-          ValueError: for heatmaps of another shape or type or with NaN, and for M < 1.
+          ValueError: for heatmaps of another shape or type or with NaN, for M < 1, and for an
+            unknown solver.
         """
         checked = heatmaps_lib.check(heatmaps)
         if num_hypotheses < 1:
             raise ValueError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
+        solver = self.solver if solver is None else solver
+        diffusion.reverse_steps(self.network.schedule, solver)  # an error before any work
         if len(checked) == 0:
             return jnp.zeros((0, num_hypotheses, NUM_JOINTS, 3))
-        # Chunks of one shape: bounded memory and a single compilation, and the same hypotheses,
-        # since those of an image do not depend on the images beside it.
-        chunk = min(len(checked), MAX_IMAGES)
+        per_call = MAX_IMAGES * jax.local_device_count()
         poses_mm = [
-            self.network.sample(
-                self.params,
-                key,
-                jnp.asarray(np.resize(part, (chunk, *part.shape[1:]))),
-                num_hypotheses,
-            )[: len(part)]
-            for part in np.split(checked, range(chunk, len(checked), chunk))
+            self._sample_on_devices(key, part, num_hypotheses, solver)
+            for part in np.split(checked, range(per_call, len(checked), per_call))
         ]
         return jnp.concatenate(poses_mm)
+
+    def _sample_on_devices(
+        self, key: Array, heatmaps: np.ndarray, num_hypotheses: int, solver: str
+    ) -> Array:
+        """Splits at most `MAX_IMAGES` a device, evenly."""
+        num_devices = jax.local_device_count()
+        share = -(-len(heatmaps) // num_devices)
+        # Shapes are powers of two, so that few are compiled; only real images cost time.
+        padded = 1 << (share - 1).bit_length()
+        counts = np.clip(len(heatmaps) - share * np.arange(num_devices), 0, share)
+        parts = np.zeros((num_devices, padded, *heatmaps.shape[1:]), np.float32)
+        for device, count in enumerate(counts):
+            parts[device, :count] = heatmaps[device * share :][:count]
+        sample = jax.pmap(
+            DiffPose.sample,  # not a method of `self.network`, which JAX would never forget
+            axis_name=devices.AXIS,
+            in_axes=(None, None, None, 0, None, 0, None),
+            static_broadcasted_argnums=(0, 4, 6),
+            devices=jax.local_devices(),
+        )
+        poses_mm = sample(
+            self.network, self._replicated_params, key, parts, num_hypotheses, counts, solver
+        )
+        return poses_mm.reshape(-1, *poses_mm.shape[2:])[
+            np.flatnonzero(np.arange(padded)[None] < counts[:, None])
+        ]
+
+    @functools.cached_property
+    def _replicated_params(self) -> Params:
+        """The parameters where `pmap` wants them, or each call would copy them."""
+        return devices.replicate(self.params, jax.local_devices())
 
 
 def build(
@@ -329,6 +394,7 @@ def build(
             f"config.model: {encoder_heads} encoder_heads do not divide 2 num_kernels"
             f" = {2 * num_kernels}"
         )
+    _check_ranges(locals())
     dtype = _choice(
         "matmul_dtype",
         matmul_dtype,
@@ -368,6 +434,32 @@ def build(
             "candidates", candidates, {"per_image": False, "per_hypothesis": True}
         ),
     )
+
+
+_RANGES = {
+    "num_samples": (1, 4096),
+    "num_kernels": (2, 4096),
+    "joint_dropout": (0, 0.99),
+    "encoder_layers": (0, 100),
+    "encoder_feed_forward": (1, 65_536),
+    "encoder_dropout": (0, 0.99),
+    "condition_size": (1, 65_536),
+    "resnet_width": (4, 4096),
+    "denoiser_width": (1, 65_536),
+    "denoiser_blocks": (0, 100),
+    "diffusion_steps": (2, 10_000),
+    "schedule_offset": (0, 1),
+    "max_beta": (0, 1),
+    "pose_scale": (1e-3, 1e6),
+    "clip": (1e-3, 1e9),
+}
+
+
+def _check_ranges(fields: dict[str, Any]) -> None:
+    """Refuses, before anything is built, what nobody means: a checkpoint may come from anyone."""
+    for field, (least, most) in _RANGES.items():
+        if not least <= fields[field] <= most:
+            raise ValueError(f"config.model.{field} must be {least} to {most}, not {fields[field]}")
 
 
 def _choice(field: str, word: str, choices: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Sampling: the reverse chain of one hypothesis, and many hypotheses of one image."""
+"""Sampling: the reverse chain of one hypothesis, and how many of them are computed."""
 
 from __future__ import annotations
 
@@ -12,65 +12,97 @@ from diffpose_jax import diffusion
 
 
 def reverse_chain(
-    denoise: diffusion.Denoise, schedule: diffusion.Schedule, noise: Array, clip: float
+    denoise: diffusion.Denoise,
+    schedule: diffusion.Schedule,
+    noise: Array,
+    clip: float,
+    steps: diffusion.ReverseSteps | None = None,
 ) -> Array:
-    """Runs the T steps of the reverse process for one sample, deterministically.
+    """Runs the steps of the reverse process for one sample, deterministically.
 
     Args:
       denoise: eps(x_t, t) of x_t (N,) and a scalar t.
       schedule: the noise schedule.
-      noise: (T + 1, N), standard normal: first the start x_T, then the noise of the steps
-        t = T - 1, .., 0 (the last has no effect).
+      noise: (1 + steps, N), standard normal: first the start x_T, then the noise of the steps
+        (the last has no effect); (1, N) will do for a solver without noise.
       clip: bound of the predicted x_0.
+      steps: the solver's, by default the T steps t = T - 1, .., 0 of the paper.
 
     Returns:
       x_0, (N,).
     """
+    steps = diffusion.reverse_steps(schedule) if steps is None else steps
 
-    def step(x_t: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
-        t, step_noise = inputs
-        return diffusion.reverse_step(denoise, schedule, x_t, t, step_noise, clip), None
+    def step(
+        carry: tuple[Array, Array], inputs: tuple[diffusion.ReverseSteps, Array | None]
+    ) -> tuple[tuple[Array, Array], None]:
+        x_t, last_x_0 = carry
+        row, step_noise = inputs
+        return diffusion.reverse_step(denoise, schedule, row, x_t, last_x_0, step_noise, clip), None
 
-    times = jnp.arange(schedule.num_steps - 1, -1, -1)
-    x_0, _ = jax.lax.scan(step, noise[0], (times, noise[1:]))
+    start = noise[0], jnp.zeros_like(noise[0])
+    (x_0, _), _ = jax.lax.scan(step, start, (steps, None if steps.is_deterministic else noise[1:]))
     return x_0
 
 
-def sample_hypotheses(
+def sample_hypothesis(
     key: Array,
-    denoise: Callable[[Array, Array, Array], Array],
-    projected: Array,
+    index: Array,
+    denoise: diffusion.Denoise,
     schedule: diffusion.Schedule,
+    steps: diffusion.ReverseSteps,
     *,
     size: int,
-    num_hypotheses: int,
     clip: float,
 ) -> Array:
-    """Draws the hypotheses of one image.
+    """Draws one hypothesis of one image; `vmap` it over indices, or images and indices.
 
     Hypothesis m depends on the key, the condition and m alone: to ask for more hypotheses
     keeps the first ones.
 
     Args:
-      key: a random key.
-      denoise: eps(x_t, t, projected) of x_t (N,), a scalar t and one projected condition.
-      projected: the denoiser's projected condition, (W,) if the hypotheses share one or
-        (M, W) if each has its own.
+      key: the image's key.
+      index: m, a scalar.
+      denoise: eps(x_t, t) of x_t (N,) and a scalar t, under the image's condition.
       schedule: the noise schedule.
+      steps: the solver's steps.
       size: N.
-      num_hypotheses: M.
       clip: bound of the predicted x_0.
 
     Returns:
-      (M, N).
+      (N,).
     """
+    num_draws = 1 + (0 if steps.is_deterministic else steps.num_steps)
+    noise = jax.random.normal(jax.random.fold_in(key, index), (num_draws, size))
+    return reverse_chain(denoise, schedule, noise, clip, steps)
 
-    def hypothesis(index: Array, projected: Array) -> Array:
-        noise = jax.random.normal(jax.random.fold_in(key, index), (schedule.num_steps + 1, size))
-        return reverse_chain(lambda x_t, t: denoise(x_t, t, projected), schedule, noise, clip)
 
-    over = 0 if projected.ndim == 2 else None
-    return jax.vmap(hypothesis, in_axes=(0, over))(jnp.arange(num_hypotheses), projected)
+def in_passes(
+    function: Callable[[Array], Array], size: int, count: Array | int, per_pass: int
+) -> Array:
+    """A function of many indices in passes of equally many: in bounded memory, without padding.
+
+    Args:
+      function: indices (per_pass,) -> rows (per_pass, N), each of its index alone.
+      size: R, how many rows there are.
+      count: how many are wanted: the first ones. It may be traced, passes beyond it are not run.
+      per_pass: indices of a pass.
+
+    Returns:
+      (R, N): the rows; what lies beyond the last pass is 0.
+    """
+    per_pass = jax.core.min_dim(per_pass, size)
+    rows = jax.eval_shape(function, jax.ShapeDtypeStruct((per_pass,), jnp.int32))
+
+    def one_pass(i: Array, out: Array) -> Array:
+        # The last pass begins early instead of running over: it computes some rows again.
+        start = jnp.minimum(i * per_pass, size - per_pass)
+        return jax.lax.dynamic_update_slice(
+            out, function(start + jnp.arange(per_pass, dtype=jnp.int32)), (start, 0)
+        )
+
+    out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
+    return jax.lax.fori_loop(0, -(-count // per_pass), one_pass, out)
 
 
 def image_keys(key: Array, heatmaps: Array) -> Array:

@@ -93,12 +93,22 @@ def check_samples(samples, mixture, weights, stds, weight_error, mean_error, std
 
 def sample(key, denoise, projected, schedule, size, number):
     """As the model samples: 2,000 hypotheses at a time."""
-    draw = jax.jit(
-        lambda key: sampling.sample_hypotheses(
-            key, denoise, projected, schedule, size=size, num_hypotheses=2000, clip=CLIP
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def draw(key, index):
+        return sampling.sample_hypothesis(
+            key,
+            index,
+            lambda x_t, t: denoise(x_t, t, projected),
+            schedule,
+            diffusion.reverse_steps(schedule),
+            size=size,
+            clip=CLIP,
         )
-    )
-    return np.concatenate([draw(key) for key in jax.random.split(key, number // 2000)])
+
+    keys = jax.random.split(key, number // 2000)
+    return np.concatenate([draw(key, jnp.arange(2000)) for key in keys])
 
 
 def test_chain_std():

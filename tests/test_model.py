@@ -114,7 +114,8 @@ def test_loss_has_one_condition_for_all_draws():
 
 
 def test_loss_uses_dropout():
-    network = small_network(encoder_dropout=0.0, joint_dropout=1.0)
+    network = small_network(encoder_dropout=0.0)
+    network = dataclasses.replace(network, encoder=network.encoder.clone(joint_dropout=1.0))
     params = small_model().params
     loss = jax.jit(functools.partial(network.loss, params, jax.random.key(4), x_0=jnp.zeros(48)))
     first, second = random_samples(5), random_samples(6)
@@ -162,6 +163,63 @@ def test_more_hypotheses_keep_the_first_ones():
     np.testing.assert_allclose(few, sample(key, maps)[:, :7], atol=0.1)
 
 
+@pytest.mark.parametrize("changes", [{}, PER_HYPOTHESIS], ids=str)
+def test_images_are_spread_over_devices_remainders_included(changes):
+    """On eight of them: each image once, in order, as on one device."""
+    small, key = small_model(**changes), jax.random.key(5)
+    maps = random_heatmaps(6, 19)
+    expected = small.network.sample(small.params, key, jnp.asarray(maps), 7)
+    for number in (1, 7, 8, 9, 19):
+        poses_mm = small.sample(key, maps[:number], 7)
+        assert poses_mm.shape == (number, 7, 17, 3)
+        np.testing.assert_allclose(poses_mm, expected[:number], atol=0.1)
+
+
+def test_more_images_than_fit_are_taken_in_turn(monkeypatch):
+    small, key = small_model(), jax.random.key(5)
+    maps = random_heatmaps(7, 37)
+    expected = small.sample(key, maps, 3)
+    monkeypatch.setattr(model, "MAX_IMAGES", 2)
+    np.testing.assert_allclose(small.sample(key, maps, 3), expected, atol=0.1)
+
+
+class CountsTraces(model.DiffPose):
+    """Notes the images of each compilation."""
+
+    def draw_evidence(self, key, heatmaps):
+        traces.append(heatmaps.shape)
+        return super().draw_evidence(key, heatmaps)
+
+
+traces = []
+
+
+def of_class(network, of):
+    return of(**{f.name: getattr(network, f.name) for f in dataclasses.fields(network)})
+
+
+def test_few_shapes_are_compiled():
+    small = small_model()
+    small = dataclasses.replace(small, network=of_class(small.network, CountsTraces))
+    maps = random_heatmaps(8, 32)
+    traces.clear()
+    for number in range(1, 33):
+        small.sample(jax.random.key(number), maps[:number], 2)
+    assert len(traces) == 3  # 1, 2 and 4 images on each of eight devices
+
+
+@pytest.mark.parametrize("solver", ["ddpm:3", "ddim:2", "dpm++:4"])
+def test_other_solvers(solver):
+    small, maps = small_model(), random_heatmaps(9, 2)
+    poses_mm = small.sample(jax.random.key(0), maps, 30, solver)
+    assert poses_mm.shape == (2, 30, 17, 3)
+    assert jnp.isfinite(poses_mm).all()
+    paper = small.sample(jax.random.key(0), maps, 30)
+    assert jnp.abs(poses_mm[..., 1:, :] - paper[..., 1:, :]).mean() > 1
+    with pytest.raises(ValueError, match="solver must be"):
+        small.sample(jax.random.key(0), maps, 30, "euler")
+
+
 class SignOfCondition(model.DiffPose):
     """A noise so large that x_0 is its clip with the condition's sign, whatever x_t is."""
 
@@ -172,8 +230,7 @@ class SignOfCondition(model.DiffPose):
 @pytest.mark.parametrize("changes", [{}, PER_HYPOTHESIS], ids=str)
 def test_candidates_are_drawn_once_an_image_or_once_a_hypothesis(changes):
     small = small_model(denoiser_width=48, **changes)
-    fields = dataclasses.fields(small.network)
-    network = SignOfCondition(**{f.name: getattr(small.network, f.name) for f in fields})
+    network = of_class(small.network, SignOfCondition)
     poses_mm = network.sample(
         small.params, jax.random.key(0), jnp.asarray(random_heatmaps(2, 2)), 8
     )
@@ -250,7 +307,7 @@ def test_hypotheses_of_other_encoders(encoder):
         ({"resnet_width": 0}, "resnet_width must be a positive multiple of 4, not 0"),
         ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
         ({"encoder_heads": 3}, "3 encoder_heads do not divide 2 num_kernels = 16"),
-        ({"diffusion_steps": 1}, "at least 2 diffusion steps, not 1"),
+        ({"diffusion_steps": 1}, r"diffusion_steps must be 2 to 10000, not 1"),
     ],
 )
 def test_a_bad_value_is_named(changes, problem):

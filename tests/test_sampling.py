@@ -95,10 +95,12 @@ def test_the_chain_is_the_loop_of_reverse_steps():
     def denoise(x_t, t):
         return jnp.sin(x_t) + t / 10
 
-    x = jnp.asarray(noise[0])
-    for t, step_noise in zip(range(6, -1, -1), noise[1:], strict=True):
-        step_noise = jnp.asarray(step_noise)
-        x = diffusion.reverse_step(denoise, schedule, x, jnp.asarray(t), step_noise, 3.0)
+    x = np.float64(noise[0])
+    for t, step_noise in zip(range(6, -1, -1), np.float64(noise[1:]), strict=True):
+        a = schedule.alphas_cumprod[t]
+        x_0 = np.clip((x - np.sqrt(1 - a) * (np.sin(x) + t / 10)) / np.sqrt(a), -3, 3)
+        x = schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x
+        x = x + np.sqrt(schedule.posterior_variance[t]) * step_noise
     chain = functools.partial(sampling.reverse_chain, denoise, schedule, clip=3.0)
     np.testing.assert_allclose(chain(jnp.asarray(noise)), x, atol=1e-5)
     noise[-1] = 100
@@ -110,33 +112,78 @@ def test_the_chain_is_the_loop_of_reverse_steps():
 # --- hypotheses --------------------------------------------------------------------------
 
 
-def sample_hypotheses(seed, projected, num_hypotheses):
-    return sampling.sample_hypotheses(
-        jax.random.key(seed),
-        lambda x_t, t, projected: 0.3 * x_t + projected,
-        projected,
-        diffusion.cosine_schedule(5),
-        size=4,
-        num_hypotheses=num_hypotheses,
-        clip=30.0,
-    )
+def sample_hypotheses(seed, condition, indices, solver="ddpm"):
+    schedule = diffusion.cosine_schedule(5)
+
+    def one(index):
+        return sampling.sample_hypothesis(
+            jax.random.key(seed),
+            index,
+            lambda x_t, t: 0.3 * x_t + condition,
+            schedule,
+            diffusion.reverse_steps(schedule, solver),
+            size=4,
+            clip=30.0,
+        )
+
+    return jax.vmap(one)(jnp.asarray(indices))
 
 
-def test_more_hypotheses_keep_the_first_ones():
-    projected = jnp.asarray([0.1, 0.2, -0.3, 0.4])
-    many, few = (sample_hypotheses(3, projected, m) for m in (9, 4))
+@pytest.mark.parametrize("solver", ["ddpm", "ddpm:3", "ddim:3", "dpm++:3"])
+def test_hypotheses_belong_to_their_indices(solver):
+    condition = jnp.asarray([0.1, 0.2, -0.3, 0.4])
+    many = sample_hypotheses(3, condition, range(9), solver)
     assert many.shape == (9, 4)
-    np.testing.assert_allclose(many[:4], few, rtol=1e-6)
+    few = sample_hypotheses(3, condition, [5, 0, 2], solver)
+    np.testing.assert_allclose(few, many[jnp.array([5, 0, 2])], rtol=1e-5)
     assert len(np.unique(many)) == many.size
-    assert not np.isin(sample_hypotheses(4, projected, 4), few).any()
+    assert not np.isin(sample_hypotheses(4, condition, range(4), solver), many).any()
 
 
-def test_each_hypothesis_may_have_a_condition_of_its_own():
-    own = jnp.asarray(np.random.default_rng(5).normal(size=(6, 4)), jnp.float32)
-    hypotheses = sample_hypotheses(6, own, 6)
-    for m in range(6):
-        shared = sample_hypotheses(6, own[m], 6)
-        np.testing.assert_allclose(hypotheses[m], shared[m], rtol=1e-5)
+def test_deterministic_solvers_begin_with_the_same_noise():
+    """With a denoiser that knows the one data point every solver finds it from anywhere."""
+    schedule = diffusion.cosine_schedule()
+    a = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
+    point = jnp.asarray([3.0, -7.0, 0.5])
+    noise = jax.random.normal(jax.random.key(1), (1, 3))
+    for solver in ("ddim:1", "ddim:5", "dpm++:2", "dpm++:8", "dpm++:24"):
+        x_0 = sampling.reverse_chain(
+            lambda x_t, t: (x_t - jnp.sqrt(a[t]) * point) / jnp.sqrt(1 - a[t]),
+            schedule,
+            noise,
+            30.0,
+            diffusion.reverse_steps(schedule, solver),
+        )
+        np.testing.assert_allclose(x_0, point, atol=1e-4, err_msg=solver)
+
+
+# --- passes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "per_pass", "passes"),
+    [(12, 12, 4, 3), (12, 12, 5, 3), (12, 5, 5, 1), (12, 6, 5, 2), (3, 3, 10, 1), (12, 0, 4, 0)],
+)
+def test_rows_in_passes_are_the_rows(size, count, per_pass, passes):
+    """All rows that are wanted, and no pass more than they take."""
+    seen = []
+
+    def function(indices):
+        jax.debug.callback(lambda i: seen.append(np.asarray(i).tolist()), indices, ordered=True)
+        return jnp.stack([indices, indices**2], axis=1) + 1
+
+    def run(count):
+        return sampling.in_passes(function, size, count, per_pass)
+
+    for call in (run, jax.jit(run)):  # the count known and traced
+        rows = call(count)
+        jax.effects_barrier()
+        expected = np.arange(count)
+        np.testing.assert_array_equal(rows[:count], np.c_[expected, expected**2] + 1)
+        assert rows.shape == (size, 2)
+        assert len(seen) == passes
+        assert all(len(indices) == min(per_pass, size) for indices in seen)
+        seen.clear()
 
 
 # --- keys of images ----------------------------------------------------------------------
