@@ -1,6 +1,10 @@
 """Writes a trained model as a small checkpoint to give away.
 
-python -m experiments.export --checkpoint runs/quickstart --output DIR
+    python -m experiments.export --checkpoint runs/quickstart --output DIR
+    python -m experiments.export --checkpoint runs/quickstart --output DIR --stablehlo
+
+The second writes DIR/stablehlo, too: the sampler as a program for CPU and CUDA that jax runs
+without this package, with an example of how (`diffpose_jax.stablehlo`).
 """
 
 from __future__ import annotations
@@ -10,12 +14,24 @@ from pathlib import Path
 from absl import app, flags
 
 import experiments
-from diffpose_jax import aggregation, checkpoints, files
+from diffpose_jax import aggregation, checkpoints, files, stablehlo
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or one of its steps.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")
 WEIGHTS = flags.DEFINE_enum(
     "weights", None, ["raw", "ema"], "Weights to write; default: the configuration's."
+)
+STABLEHLO = flags.DEFINE_bool("stablehlo", False, "Whether to write the sampler as StableHLO, too.")
+NUM_HYPOTHESES = flags.DEFINE_integer(
+    "num_hypotheses",
+    None,
+    "Hypotheses an image of --stablehlo; default: the configuration's.",
+    lower_bound=1,
+)
+SOLVER = flags.DEFINE_string(
+    "solver",
+    None,
+    "Solver of --stablehlo, such as ddpm or dpm++:8; default: the configuration's, or ddpm.",
 )
 
 
@@ -25,11 +41,25 @@ def main(_: list[str]) -> None:
         raise app.UsageError(
             "--checkpoint and --output are needed; try --checkpoint runs/quickstart"
         )
+    if not STABLEHLO.value and (NUM_HYPOTHESES.value or SOLVER.value):
+        raise app.UsageError("--num_hypotheses and --solver are for --stablehlo")
     output = Path(OUTPUT.value)
-    checkpoints.export(checkpoints.load(CHECKPOINT.value, WEIGHTS.value), output)
+    model = checkpoints.load(CHECKPOINT.value, WEIGHTS.value)
+    sampler = None
+    if STABLEHLO.value:
+        evaluation = model.config.evaluation
+        # Before anything is written: what is wrong with the flags is said here.
+        sampler = stablehlo.build(
+            model,
+            NUM_HYPOTHESES.value or evaluation.num_hypotheses,
+            SOLVER.value or evaluation.get("solver", "ddpm"),
+        )
+    checkpoints.export(model, output)
     calibration = Path(CHECKPOINT.value) / aggregation.CALIBRATIONS
     if calibration.exists():
         files.write_whole(output / aggregation.CALIBRATIONS, calibration.read_bytes())
+    if sampler is not None:
+        stablehlo.write(output / "stablehlo", sampler)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB")
 
