@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,15 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from diffpose_jax import aggregation, gaussian_fit, heatmaps
+from diffpose_jax import aggregation, gaussian_fit, heatmaps, sampling
 from diffpose_jax import controls as controls_lib
+from diffpose_jax import devices as devices_lib
 from diffpose_jax.aggregation import Calibration
 from diffpose_jax.controls import Controls
 from diffpose_jax.data.pipeline import Examples
-from diffpose_jax.metrics import MetricSums, joint_errors
-from diffpose_jax.model import Model
+from diffpose_jax.metrics import MetricSums, joint_errors, per_frame_metrics
+from diffpose_jax.model import DiffPose, Model, Params
+from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 SINGLE_POSES = {f"model_{method}": method for method in aggregation.METHODS}
 """One pose from the model's hypotheses: its name in results, to the method of `aggregation`."""
@@ -73,26 +75,29 @@ def ambiguous_frames(examples: Examples, threshold_px: float, batch_size: int) -
     return np.concatenate(marks)[: len(examples)]
 
 
-Sums = dict[str, dict[str, MetricSums]]
-"""{set of frames: {method: sums}}."""
+PerFrame = dict[int, dict[str, dict[str, Array]]]
+"""{number of hypotheses: {method: {metric: (B, ...)}}}."""
 
 
-@functools.partial(jax.jit, static_argnames=("counts", "pose"))
-def _batch_sums(
-    hypotheses_mm: Array,
-    maps: Array,
-    truth_mm: Array,
-    weights: dict[str, Array],
+def _per_frame(
     key: Array,
+    params: Params,
     controls: Controls | None,
     calibration: Calibration | None,
+    maps: Array,
+    truth_mm: Array,
+    num_frames: Array,
+    network: DiffPose,
+    solver: str,
     counts: tuple[int, ...],
     pose: str,
-) -> dict[int, Sums]:
-    """Sums of one batch for each number of hypotheses.
+) -> PerFrame:
+    """Every metric of each frame, on one device; fewer hypotheses are the first of the most.
 
-    `weights` (B,) say which frames each set counts; fewer hypotheses are the first of them.
+    Of the B frames the first `num_frames` count, the rest is padding.
     """
+    sample_key, gaussian_key = jax.random.split(key)
+    hypotheses_mm = network.sample(params, sample_key, maps, max(counts), num_frames, solver)
     predictions = {"model": hypotheses_mm}
     if calibration is not None:
         predictions |= {
@@ -101,17 +106,21 @@ def _batch_sums(
         }
     if controls is not None:
         regression = controls_lib.predict(controls.regression, regression_inputs(maps))
+        # Of each image, as the hypotheses: whatever the images beside it, on whatever device.
+        keys = sampling.image_keys(gaussian_key, maps)
+        draw = jax.vmap(
+            lambda key, mean_mm: controls_lib.draw(
+                key, controls.gaussian, mean_mm[None], max(counts)
+            )[0]
+        )
         predictions |= {
-            "gaussian": controls_lib.draw(key, controls.gaussian, regression, max(counts)),
+            "gaussian": draw(keys, regression),
             "regression": regression[:, None],
             "mean_pose": jnp.broadcast_to(controls.mean_pose_mm[None], truth_mm.shape)[:, None],
         }
-    # Over the sets by vmap, so that what does not depend on the weights is computed once.
-    compute = jax.vmap(MetricSums.compute, in_axes=(None, None, 0))
-    stacked = jnp.stack(list(weights.values()))
-    sums = {
+    found = {
         count: {
-            method: compute(poses_mm[:, :count], truth_mm, stacked)
+            method: per_frame_metrics(poses_mm[:, :count], truth_mm)
             for method, poses_mm in predictions.items()
         }
         for count in counts
@@ -121,19 +130,25 @@ def _batch_sums(
         radii_mm = aggregation.radius(hypotheses_mm, chosen_mm, calibration)
         # Without the hip, which is the origin of all poses.
         is_within = joint_errors(chosen_mm, truth_mm)[:, 1:] <= radii_mm[:, 1:]
-        of_frames = {
+        of_radius = {
             "coverage": jnp.mean(is_within, axis=1),
             "radius_mm": jnp.mean(radii_mm[:, 1:], axis=1),
         }
-        of_sets = jax.tree.map(lambda x: jnp.where(stacked, x[None], 0).sum(1), of_frames)
-        for of_methods in sums.values():
-            of_methods[f"model_{pose}"].sums.update(of_sets)
-    return {
-        count: {
-            name: jax.tree.map(lambda x, i=i: x[i], of_methods) for i, name in enumerate(weights)
-        }
-        for count, of_methods in sums.items()
-    }
+        for of_methods in found.values():
+            of_methods[f"model_{pose}"] |= of_radius
+    return found
+
+
+@functools.cache
+def _on_devices(devices: tuple[jax.Device, ...]) -> Callable[..., PerFrame]:
+    """`_per_frame` of (D, B) frames: of the devices of this process alone, that wait for none."""
+    return jax.pmap(
+        _per_frame,
+        axis_name=devices_lib.AXIS,
+        in_axes=(None, None, None, None, 0, 0, 0, None, None, None, None),
+        static_broadcasted_argnums=(7, 8, 9, 10),
+        devices=devices,
+    )
 
 
 def fit_calibration(
@@ -191,8 +206,13 @@ def evaluate(
     group_by: Sequence[str] = (),
     calibration: Calibration | None = None,
     pose: str = "heatmap_agreement",
+    devices: Sequence[jax.Device] | None = None,
 ) -> dict[int, dict[str, Any]]:
     """Every metric of the model and the controls, on subsets and groups of the frames.
+
+    The frames are spread over all devices of all processes. What comes out does not depend on
+    how many there are, but for the rounding of sums in float64: each device has the same number
+    of frames at a time, and no frame's metrics depend on the frames beside it.
 
     Args:
       key: a random key.
@@ -201,11 +221,12 @@ def evaluate(
       examples: the test split.
       subsets: {name: (N,) bool}, which frames count; "all" must be there.
       num_hypotheses: one or several M; fewer hypotheses are the first of the most.
-      batch_size: images at a time.
+      batch_size: images at a time, on each device.
       group_by: keys of `examples.groups`, such as "action": the frames of "all" by their values.
       calibration: of the single pose; None to leave single poses out. They are made from the most
         hypotheses.
       pose: the method of the single pose that the calibration belongs to.
+      devices: those of this process, all by default; as many in each process.
 
     Returns:
       The content of results.json for each M: `{"num_hypotheses": M, "subsets": {subset:
@@ -213,7 +234,6 @@ def evaluate(
       left out. With `group_by` also `"groups": {key: {value: the same}}` and `"averages": {key:
       {method: {metric: value}}}`, the unweighted means over the groups.
     """
-    sample_key, gaussian_key = jax.random.split(key)
     groups = {
         f"{name}/{value}": subsets["all"] & (examples.groups[name] == value)
         for name in group_by
@@ -221,44 +241,77 @@ def evaluate(
     }
     masks = subsets | groups
     counted = np.flatnonzero(np.any(list(subsets.values()), axis=0))
-    total: dict[int, Sums] | None = None
-    progress = tqdm(total=len(counted), desc="evaluating", unit=" images")
-    for batch, start in enumerate(range(0, len(counted), batch_size)):
-        rows = counted[start : start + batch_size]
-        padded, is_row = np.resize(rows, batch_size), np.arange(batch_size) < len(rows)
-        maps = jnp.asarray(examples.heatmaps(padded))
-        sums = _batch_sums(
-            model.sample(sample_key, maps, max(num_hypotheses)),
-            maps,
-            jnp.asarray(examples.pose_mm[padded]),
-            {name: is_row & mask[padded] for name, mask in masks.items()},
-            jax.random.fold_in(gaussian_key, batch),
-            controls,
-            calibration,
-            tuple(num_hypotheses),
-            pose,
+    if len(counted) == 0:
+        raise ValueError("no frame is counted")
+    devices = tuple(devices or jax.local_devices())
+    held = devices_lib.replicate((key, model.params, controls, calibration), devices)
+    compute = _on_devices(devices)
+    num_devices, first = len(devices), len(devices) * jax.process_index()
+    at_a_time = batch_size * num_devices * jax.process_count()
+    total: Any = None
+    progress = tqdm(
+        total=len(counted), desc="evaluating", unit=" images", disable=not devices_lib.is_first()
+    )
+    for start in range(0, len(counted), at_a_time):
+        frames = counted[start : start + at_a_time]
+        of_devices = np.array_split(frames, num_devices * jax.process_count())
+        of_devices = of_devices[first : first + num_devices]
+        num_frames = np.array([len(rows) for rows in of_devices])
+        is_frame = np.arange(batch_size)[None] < num_frames[:, None]
+        rows = np.concatenate(of_devices)
+        maps = np.zeros((*is_frame.shape, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE), np.float32)
+        truth_mm = np.zeros((*is_frame.shape, NUM_JOINTS, 3), np.float32)
+        if len(rows):
+            maps[is_frame] = heatmaps.check(examples.heatmaps(rows))
+            truth_mm[is_frame] = examples.pose_mm[rows]
+        statics = model.network, model.solver, tuple(num_hypotheses), pose
+        found = compute(*held, maps, truth_mm, num_frames, *statics)
+        weights = np.array([mask[rows] for mask in masks.values()], np.float64)
+        sums = jax.tree.map(
+            lambda x, w=weights, i=is_frame: np.tensordot(w, np.asarray(x, np.float64)[i], 1), found
         )
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-        progress.update(len(rows))
+        progress.update(len(frames))
     progress.close()
-    frames = {name: int(mask.sum()) for name, mask in masks.items()}
+    total = devices_lib.added(total)
+    sizes = {name: int(mask.sum()) for name, mask in masks.items()}
     return {
-        count: _content(count, total[count], frames, subsets, group_by) for count in num_hypotheses
+        count: _content(count, _sums(total[count], count, sizes), subsets, group_by)
+        for count in num_hypotheses
+    }
+
+
+def _sums(
+    of_methods: dict[str, dict[str, np.ndarray]], count: int, sizes: dict[str, int]
+) -> dict[str, dict[str, MetricSums]]:
+    """{set: {method: sums}} of the sets that have frames, from {method: {metric: (sets, ...)}}."""
+    return {
+        name: {
+            method: MetricSums(
+                frames=size,
+                sums={metric: of_sets[i] for metric, of_sets in of_metrics.items()},
+                num_hypotheses=count if "mpjpe_best_at" in of_metrics else 1,
+            )
+            for method, of_metrics in of_methods.items()
+        }
+        for i, (name, size) in enumerate(sizes.items())
+        if size
     }
 
 
 def _content(
-    count: int, sums: Sums, frames: dict[str, int], subsets: Iterable[str], group_by: Sequence[str]
+    count: int,
+    sums: dict[str, dict[str, MetricSums]],
+    subsets: Iterable[str],
+    group_by: Sequence[str],
 ) -> dict[str, Any]:
     """The content of results.json."""
     values = {
-        name: {"frames": frames[name]}
-        | {method: of_sets[method].finalize() for method in METHODS if method in of_sets}
-        for name, of_sets in sums.items()
-        if frames[name]
+        name: {"frames": of_set["model"].frames}
+        | {method: of_set[method].finalize() for method in METHODS if method in of_set}
+        for name, of_set in sums.items()
     }
-    content = {
+    content: dict[str, Any] = {
         "num_hypotheses": count,
         "subsets": {name: values[name] for name in subsets if name in values},
     }

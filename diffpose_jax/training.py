@@ -1,4 +1,4 @@
-"""Training: the state, the pure step, and the loop that runs it on all local devices."""
+"""Training: the state, the pure step, and the loop that runs it on all devices."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from flax.training.dynamic_scale import DynamicScale
 from jax import Array
 
 from diffpose_jax import config as config_lib
+from diffpose_jax import devices as devices_lib
 from diffpose_jax import model as model_lib
-
-DEVICES = "devices"
-"""Name of the pmapped axis."""
 
 
 @flax.struct.dataclass
@@ -101,6 +99,19 @@ class Trainer:
         )
 
 
+@flax.struct.dataclass
+class StepScalars:
+    """What each optimizer step tells of itself; scalars, or (steps,) of a dispatch.
+
+    Attributes:
+      loss: the loss, over all devices.
+      grad_norm: Euclidean norm of its gradient, 0 if a loss scale left the step out.
+    """
+
+    loss: Array | np.ndarray
+    grad_norm: Array | np.ndarray
+
+
 def _initial_scale() -> DynamicScale:
     """Flax's defaults, which are also PyTorch's, as arrays: a state is donated and saved."""
     scale = DynamicScale()
@@ -117,6 +128,7 @@ def from_config(network: model_lib.DiffPose, config: ml_collections.ConfigDict) 
     return config_lib.call(functools.partial(build, network), config, "config.training")
 
 
+@functools.cache
 def build(
     network: model_lib.DiffPose,
     *,
@@ -134,6 +146,8 @@ def build(
 ) -> Trainer:
     """Builds a `Trainer`; the arguments are documented in `configs/h36m.py`.
 
+    The same arguments give the same one: JAX never forgets what it compiled for a trainer.
+
     Raises:
       ValueError: for fields that do not fit together.
     """
@@ -150,6 +164,11 @@ def build(
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"config.training.{name} must be positive, not {value}")
+    if num_steps >= 1 << 31:
+        raise ValueError(
+            f"config.training.num_steps must be less than 2^31 = {1 << 31}, not {num_steps}: steps"
+            " are counted in 32 bits"
+        )
     for name in ("num_steps", "checkpoint_every"):
         value = positive[name]
         if value % steps_per_dispatch:
@@ -190,7 +209,7 @@ def build(
 
 def train_step(
     trainer: Trainer, state: TrainState, key: Array, batch: Batch, axis_name: str | None = None
-) -> tuple[TrainState, Array]:
+) -> tuple[TrainState, StepScalars]:
     """One optimizer step.
 
     Every image has a key of its own, from the step and its index in the whole batch: the result
@@ -204,7 +223,7 @@ def train_step(
       axis_name: axis of the devices, None outside of pmap.
 
     Returns:
-      The state after and the loss over all devices, a scalar.
+      The state after, and the loss over all devices and the Euclidean norm of its gradient.
     """
     num_images = batch.pose_mm.shape[0]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_images
@@ -236,6 +255,7 @@ def train_step(
         )(state.params)
     if axis_name is not None:
         loss = jax.lax.pmean(loss, axis_name)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = trainer.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if loss_scale is not None:
@@ -244,6 +264,7 @@ def train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
+        grad_norm = jnp.where(finite, grad_norm, 0.0)
     step = state.step + 1
     ema = state.ema
     if ema is not None:
@@ -255,7 +276,7 @@ def train_step(
     new_state = TrainState(
         step=step, params=params, ema=ema, opt_state=opt_state, loss_scale=loss_scale
     )
-    return new_state, loss
+    return new_state, StepScalars(loss=loss, grad_norm=grad_norm)
 
 
 def _evidence(
@@ -273,7 +294,7 @@ class Held(Protocol):
         ...
 
 
-Dispatch = Callable[[TrainState, Array, Any, Held | None], tuple[TrainState, Array]]
+Dispatch = Callable[[TrainState, Array, Any, Held | None], tuple[TrainState, StepScalars]]
 
 
 def make_dispatch(trainer: Trainer, devices: list[jax.Device] | None = None) -> Dispatch:
@@ -281,37 +302,40 @@ def make_dispatch(trainer: Trainer, devices: list[jax.Device] | None = None) -> 
 
     Args:
       trainer: model and optimizer.
-      devices: the devices, all local ones by default.
+      devices: the devices, all of all processes by default.
 
     Returns:
-      (state, key, batch, held) -> (state, losses): batch has leading axes (D, steps, B / D),
-      losses is (steps,). With `held`, None without, the batch says which of its examples to take.
-      The state is donated.
+      (state, key, batch, held) -> (state, scalars): batch has leading axes (D, steps, B / D) of
+      the D devices of this process, scalars are (steps,). With `held`, None without, the batch
+      says which of its examples to take. The state is donated.
     """
-
-    @functools.partial(
-        jax.pmap,
-        axis_name=DEVICES,
-        in_axes=(None, None, 0, None),
+    dispatch = jax.pmap(
+        _dispatch,
+        axis_name=devices_lib.AXIS,
+        in_axes=(None, None, None, 0, None),
         out_axes=(None, None),
-        donate_argnums=0,
+        static_broadcasted_argnums=0,
+        donate_argnums=1,
         devices=devices,
     )
-    def dispatch(
-        state: TrainState, key: Array, batch: Any, held: Held | None
-    ) -> tuple[TrainState, Array]:
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Array]:
-            batch = batch if held is None else held.batch(batch)
-            return train_step(trainer, state, key, batch, DEVICES)
+    return functools.partial(dispatch, trainer)
 
-        if jax.tree.leaves(batch)[0].shape[0] > 1:
-            return jax.lax.scan(step, state, batch)
-        # A loop of one step is still a loop to XLA, whose convolutions on a CPU are 25 times slower
-        # in it.
-        state, loss = step(state, jax.tree.map(lambda x: x[0], batch))
-        return state, loss[None]
 
-    return dispatch
+def _dispatch(
+    trainer: Trainer, state: TrainState, key: Array, batch: Any, held: Held | None
+) -> tuple[TrainState, StepScalars]:
+    """Several steps on one device."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepScalars]:
+        batch = batch if held is None else held.batch(batch)
+        return train_step(trainer, state, key, batch, devices_lib.AXIS)
+
+    if jax.tree.leaves(batch)[0].shape[0] > 1:
+        return jax.lax.scan(step, state, batch)
+    # A loop of one step is still a loop to XLA, whose convolutions on a CPU are 25 times slower
+    # in it.
+    state, scalars = step(state, jax.tree.map(lambda x: x[0], batch))
+    return state, jax.tree.map(lambda x: x[None], scalars)
 
 
 _T = TypeVar("_T")
@@ -347,54 +371,69 @@ def run(
     batches: Iterable[Any],
     devices: list[jax.Device] | None = None,
     held: Held | None = None,
-) -> Iterator[tuple[TrainState, np.ndarray]]:
-    """Trains on all local devices, one dispatch of several steps at a time.
+) -> Iterator[tuple[TrainState, StepScalars]]:
+    """Trains on all devices, one dispatch of several steps at a time.
 
     Args:
       trainer: model and optimizer.
       state: where to begin; it is donated.
       key: the run's training key.
-      batches: one `Batch` a dispatch, leading axes (steps, B); with `held`, selections of it.
-      devices: the devices, all local ones by default.
+      batches: one `Batch` a dispatch, leading axes (steps, B), of the B images that go to the
+        devices of this process, see `devices.images_of_process`; with `held`, selections of it.
+      devices: the devices, all of all processes by default.
       held: a data set that is to lie on the devices, so that no batch has to travel there.
 
     Yields:
-      The state after each dispatch, to be used before the next is asked for, and the losses
-      (steps,) of its steps.
+      The state after each dispatch, to be used before the next is asked for, and the scalars
+      (steps,) of its steps, on the host.
 
     Raises:
-      NonFiniteLossError: at the first loss that is not finite.
+      NonFiniteLossError: at the first loss or gradient that is not finite.
     """
     dispatch = make_dispatch(trainer, devices)
     num_devices = len(devices or jax.local_devices())
     step = int(state.step)
-    # Once, and as the dispatch wants it: anything else would be copied at every call.
-    put = jax.pmap(lambda _, x: x, in_axes=(0, None), out_axes=None, devices=devices)
-    held = put(np.zeros(num_devices), held)
+    state, key, held = devices_lib.replicate((state, key, held), devices)
     for batch in batches:
-        state, losses = dispatch(state, key, shard(batch, num_devices), held)
-        losses = check_losses(step, losses)
-        step += len(losses)
-        yield state, losses
+        state, scalars = dispatch(state, key, shard(batch, num_devices), held)
+        scalars = check_finite(step, scalars)
+        step += len(scalars.loss)
+        yield state, scalars
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of a step is NaN or infinite; the message names the step."""
+    """The loss of a step or its gradient is NaN or infinite; the message names the step.
+
+    Attributes:
+      step: the number of the step, from 1.
+      what: "loss", "gradient" or what else is not finite.
+      value: NaN, inf or -inf.
+    """
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        super().__init__(
+            f"the {what} of step {step} is {value}: the training stops here. The last checkpoint is"
+            " from before; a lower config.training.learning_rate, or a look at the data for values"
+            " out of range, may help"
+        )
+        self.step, self.what, self.value = step, what, value
 
 
-def check_losses(first_step: int, losses: Array | np.ndarray) -> np.ndarray:
-    """Losses (steps,) of the steps after `first_step`, on the host.
+def check_finite(first_step: int, scalars: StepScalars) -> StepScalars:
+    """Scalars (steps,) of the steps after `first_step`, on the host.
+
+    Args:
+      first_step: steps done before.
+      scalars: of the steps.
 
     Raises:
-      NonFiniteLossError: names the first step whose loss is not finite.
+      NonFiniteLossError: names the first step whose loss or gradient is not finite.
     """
-    losses = np.asarray(losses)
-    finite = np.isfinite(losses)
+    scalars = jax.tree.map(np.asarray, scalars)
+    finite = np.isfinite(scalars.loss) & np.isfinite(scalars.grad_norm)
     if not finite.all():
         bad = int(np.argmin(finite))
-        raise NonFiniteLossError(
-            f"the loss of step {first_step + bad + 1} is {losses[bad]}: the training stops here."
-            " The last checkpoint is from before; a lower config.training.learning_rate, or a look"
-            " at the data for values out of range, may help"
-        )
-    return losses
+        is_loss = not np.isfinite(scalars.loss[bad])
+        what, values = ("loss", scalars.loss) if is_loss else ("gradient", scalars.grad_norm)
+        raise NonFiniteLossError(first_step + bad + 1, what, float(values[bad]))
+    return scalars

@@ -235,27 +235,54 @@ def test_calibration_covers_what_it_was_fitted_on(model):
     assert (share[1:] < 0.75 + 1 / 8).all()
 
 
-def test_gaussian_draws_differ_between_batches(model, controls):
-    """Two batches of the same frames: equal but for the draws around the regression."""
-    one = examples(3, 4)
-    twice = evaluation.Examples(
-        pose_mm=np.tile(one.pose_mm, (2, 1, 1)),
-        clips=np.tile(one.clips, 2),
-        names=np.tile(one.names, 2),
-        heatmaps=lambda rows: one.heatmaps(rows % 4),
-    )
-    first = np.arange(8) < 4
-    subsets = evaluation.evaluate(
+@pytest.mark.parametrize("num_devices", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_nothing_depends_on_the_number_of_devices(
+    model, controls, test_split, results, num_devices
+):
+    """Six frames on 8 devices at once, and on one in two batches or on three with two each."""
+    wide = np.isin(np.arange(NUMBER), WIDE)
+    other = evaluation.evaluate(
         KEY,
         model,
         controls,
-        twice,
-        {"all": np.ones(8, bool), "ambiguous": first, "clear": ~first},
+        test_split,
+        {"all": np.ones(NUMBER, bool), "ambiguous": wide},
         num_hypotheses=(NUM_HYPOTHESES,),
         batch_size=4,
+        devices=jax.local_devices()[:num_devices],
     )[NUM_HYPOTHESES]["subsets"]
-    assert subsets["ambiguous"]["model"] == subsets["clear"]["model"]
-    assert subsets["ambiguous"]["gaussian"] != subsets["clear"]["gaussian"]
+    for subset in ("all", "ambiguous"):
+        expected = dict(jax.tree_util.tree_leaves_with_path(results["subsets"][subset]))
+        found = dict(jax.tree_util.tree_leaves_with_path(other[subset]))
+        assert expected.keys() == found.keys()
+        for path, value in expected.items():
+            assert found[path] == pytest.approx(value, rel=1e-12), path
+
+
+def test_each_frame_is_counted_once(model, test_split):
+    """22 frames on 8 devices with one at a time: in the last batch two devices have none."""
+    many = examples(4, 22)
+    found = evaluation.evaluate(
+        KEY,
+        model,
+        None,
+        many,
+        {"all": np.ones(22, bool)},
+        num_hypotheses=(1,),
+        batch_size=1,
+    )[1]["subsets"]["all"]
+    drawn_mm = np.asarray(model.sample(SAMPLE_KEY, many.heatmaps(np.arange(22)), 1), np.float64)
+    errors = np.linalg.norm(drawn_mm[:, 0] - many.pose_mm, axis=-1).mean(-1)
+    assert found["model"]["mpjpe_best"] == pytest.approx(errors.mean(), rel=1e-5)
+
+
+def test_no_frame(model, test_split):
+    with pytest.raises(ValueError, match="no frame is counted"):
+        evaluation.evaluate(
+            *(KEY, model, None, test_split, {"all": np.zeros(NUMBER, bool)}),
+            num_hypotheses=(1,),
+            batch_size=1,
+        )
 
 
 def test_ambiguous_frames(test_split):

@@ -76,6 +76,31 @@ def test_dispatches_cover_exactly_the_steps(first, last):
         assert (batch.evidence.likelihood == expected.evidence.likelihood).all()
 
 
+def test_each_process_reads_its_own_images():
+    """The parts of three processes are the batches of one; no other row is asked for."""
+    data = examples(0, NUMBER)
+    asked = []
+
+    def heatmaps(rows):
+        asked.extend(rows.tolist())
+        return data.heatmaps(rows)
+
+    recorded = dataclasses.replace(data, heatmaps=heatmaps)
+    whole = pipeline.TrainingData(data, pipeline.HeatmapsOnDisk(data), 3).batch(0, 5, 6)
+    order = pipeline.TrainingData(data, Rows(), 3).selection(0, 5, 6)
+    for process in range(3):
+        images = slice(2 * process, 2 * process + 2)
+        of_process = pipeline.TrainingData(recorded, pipeline.HeatmapsOnDisk(recorded), 3)
+        asked.clear()
+        (batch,) = of_process.dispatches(0, 5, 5, 6, images=images)
+        assert (batch.evidence == whole.evidence[:, images]).all()
+        assert (batch.pose_mm == whole.pose_mm[:, images]).all()
+        assert asked == order.rows[:, images].reshape(-1).tolist()
+        (selection,) = of_process.dispatches(0, 5, 5, 6, images=images, held=True)
+        assert (selection.rows == order.rows[:, images]).all()
+        assert (selection.places == order.places[:, images]).all()
+
+
 def test_an_error_in_the_background_arrives():
     class Broken:
         def take(self, rows, places):

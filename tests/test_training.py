@@ -1,7 +1,5 @@
 """The training step and its loop, on one device and on eight."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +42,16 @@ def candidate_batch(seed, number):
     return training.Batch(evidence=candidates, pose_mm=pose_mm)
 
 
+def jitted(trainer):
+    """(state, key, batch) -> (state, loss), without pmap."""
+
+    def step(*arguments):
+        state, scalars = training.train_step(trainer, *arguments)
+        return state, scalars.loss
+
+    return jax.jit(step)
+
+
 def leaves(tree):
     """{path: array on the host}."""
     return {
@@ -62,8 +70,7 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def step(trainer):
-    """(state, key, batch) -> (state, loss), without pmap."""
-    return jax.jit(functools.partial(training.train_step, trainer))
+    return jitted(trainer)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +88,14 @@ def run(trainer, batches, devices):
     """[(state on the host, losses, shards of the state)] after each dispatch, and the error."""
     seen = []
     try:
-        for state, losses in training.run(
+        for state, scalars in training.run(
             trainer, trainer.init(jax.random.key(0)), KEY, batches, devices
         ):
             shards = {
                 jax.tree_util.keystr(path): [np.array(s.data) for s in leaf.addressable_shards]
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state)
             }
-            seen.append((leaves(state), losses, shards))
+            seen.append((leaves(state), scalars.loss, shards))
     except training.NonFiniteLossError as error:
         return seen, error
     return seen, None
@@ -189,7 +196,7 @@ def test_ema_reaches_its_decay():
     trainer = make_trainer(ema_decay=0.9, learning_rate=1.0)
     state, batch = trainer.init(jax.random.key(0)), heatmap_batch(7, BATCH_SIZE)
     before = jax.tree.map(np.asarray, state.replace(step=np.int32(200)))
-    after, _ = jax.jit(functools.partial(training.train_step, trainer))(before, KEY, batch)
+    after, _ = jitted(trainer)(before, KEY, batch)
     for name, value in leaves(after.ema).items():
         expected = 0.9 * leaves(before.ema)[name] + 0.1 * np.float64(leaves(after.params)[name])
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
@@ -212,7 +219,7 @@ def half():
 
 @pytest.fixture(scope="module")
 def half_steps(half):
-    return [jax.jit(functools.partial(training.train_step, trainer)) for trainer in half]
+    return [jitted(trainer) for trainer in half]
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +302,10 @@ def test_an_overflow_on_one_device_is_one_on_all(half, half_states):
     batch.pose_mm[0, 5] *= 100
     state = with_scale(jax.tree.map(jnp.copy, half_states[0]), 128.0)  # it is donated
     start = leaves(state.params)
-    ((state, losses),) = training.run(trainer, state, KEY, [batch])
+    ((state, scalars),) = training.run(trainer, state, KEY, [batch])
+    losses = scalars.loss
+    # Of the step that was left out the gradient is not known.
+    assert scalars.grad_norm[0] == 0 < scalars.grad_norm[1] < np.inf
     assert np.isfinite(losses).all()
     assert losses[0] > 100 * losses[1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -318,7 +328,7 @@ def test_losses_average_independent_draws():
         trainer = make_trainer(plain, draws_per_image=num_draws)
         state = trainer.init(jax.random.key(0))
         batch = jax.tree.map(lambda x, n=num_images: np.repeat(x, n, axis=0), candidate_batch(8, 1))
-        step = jax.jit(functools.partial(training.train_step, trainer))
+        step = jitted(trainer)
         losses = [step(state, key, batch)[1] for key in jax.random.split(jax.random.key(2), 200)]
         variances[num_images, num_draws], means[num_images, num_draws] = (
             np.var(losses),
@@ -372,10 +382,26 @@ def test_optimizer_is_adam_at_that_rate(warmup_steps, first_move):
     np.testing.assert_allclose(update, -first_move * np.sign(gradient), rtol=1e-3)
 
 
-def test_check_losses_names_the_first_step():
-    assert training.check_losses(40, jnp.array([1.0, 2.0])).tolist() == [1.0, 2.0]
-    with pytest.raises(training.NonFiniteLossError, match="step 42 is inf"):
-        training.check_losses(40, np.array([1.0, np.inf, np.nan]))
+def test_the_norm_of_the_gradient(trainer, batches):
+    """Adam's first moment after one step is a tenth of the gradient."""
+    first = jax.tree.map(lambda x: x[:1], batches[0])
+    ((state, scalars),) = training.run(trainer, trainer.init(jax.random.key(0)), KEY, [first])
+    gradient = [10 * np.float64(leaf) for leaf in jax.tree.leaves(state.opt_state[0].mu)]
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in gradient))
+    np.testing.assert_allclose(scalars.grad_norm, [norm], rtol=1e-5)
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+    fine = training.StepScalars(loss=jnp.array([1.0, 2.0]), grad_norm=jnp.array([3.0, 4.0]))
+    assert training.check_finite(40, fine).grad_norm.tolist() == [3.0, 4.0]
+    bad = training.StepScalars(
+        loss=np.array([1.0, 1.0, np.nan]), grad_norm=np.array([3.0, np.inf, np.nan])
+    )
+    with pytest.raises(training.NonFiniteLossError, match="gradient of step 42 is inf") as error:
+        training.check_finite(40, bad)
+    assert (error.value.step, error.value.what) == (42, "gradient")
+    with pytest.raises(training.NonFiniteLossError, match="loss of step 43 is nan"):
+        training.check_finite(42, jax.tree.map(lambda x: x[2:], bad))
 
 
 def test_batch_that_the_devices_do_not_divide():

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import flax.struct
 import jax
@@ -17,11 +18,13 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from diffpose_jax import devices
 from diffpose_jax import heatmaps as heatmaps_lib
 from diffpose_jax.config import ConfigError
 from diffpose_jax.data import detections, human36m, motion, simulator
 from diffpose_jax.heatmaps import HeatmapSamples
 from diffpose_jax.model import DiffPose
+from diffpose_jax.model import Evidence as ModelEvidence
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 from diffpose_jax.training import Batch
 
@@ -40,6 +43,7 @@ class Examples:
       groups: {name: (N,)}, what results can be told apart by, such as the action.
       counted: (N,) bool, the frames that the evaluation's protocol counts; None for all.
       ambiguous: (N,) bool, the data set's own list of ambiguous frames; None without one.
+      fingerprint: of the whole data set that the split is from, see `detections.fingerprint`.
     """
 
     pose_mm: np.ndarray
@@ -49,6 +53,7 @@ class Examples:
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     counted: np.ndarray | None = None
     ambiguous: np.ndarray | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.pose_mm)
@@ -67,6 +72,7 @@ class Examples:
             groups={name: column[rows] for name, column in self.groups.items()},
             counted=of_rows(self.counted),
             ambiguous=of_rows(self.ambiguous),
+            fingerprint=self.fingerprint,
         )
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
@@ -87,16 +93,24 @@ def load(
 
     Raises:
       ConfigError: for an unknown data set, a configuration or source that it does not take, or a
-        data set that is not prepared or damaged.
+        data set that is not prepared or damaged, or holds poses that are not finite.
     """
     if config.name not in _LOADERS:
         raise ConfigError(
             f"config.data.name: unknown data set {config.name!r}; known: {', '.join(_LOADERS)}"
         )
     try:
-        return _LOADERS[config.name](config, split, data_dir)
+        examples = _LOADERS[config.name](config, split, data_dir)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.data: {error}") from error
+    # Of the truth only: heatmaps are read when they are needed, and a step tells of theirs.
+    wrong = examples.names[~np.isfinite(examples.pose_mm).all(axis=(1, 2))]
+    if len(wrong):
+        raise ConfigError(
+            f"config.data: poses of {config.name}'s {split} split are not finite, that of"
+            f" {str(wrong[0])!r} is the first of {len(wrong)}; mend the source and prepare it again"
+        )
+    return examples
 
 
 def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | None]:
@@ -136,7 +150,8 @@ def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | Non
 def _load_motion(
     config: ml_collections.ConfigDict, split: str, data_dir: str | Path | None
 ) -> Examples:
-    columns = motion.read_all(motion.prepare(config.builder, data_dir), split)
+    builder = motion.prepare(config.builder, data_dir)
+    columns = motion.read_all(builder, split)
     blobs = columns["blobs"]
     return Examples(
         pose_mm=columns["pose_mm"],
@@ -144,6 +159,7 @@ def _load_motion(
         names=_joined(columns["clip"], columns["frame"]),
         heatmaps=lambda rows: simulator.render(blobs[rows]),
         groups={"clip": columns["clip"]},
+        fingerprint=detections.fingerprint(builder.data_dir),
     )
 
 
@@ -170,6 +186,7 @@ def _load_human36m(
         groups={key: columns[key] for key in ("subject", "action", "camera")},
         counted=frames[config.test_frames]() if split == "test" else None,
         ambiguous=columns["hard"] if columns["hard"].any() else None,
+        fingerprint=detections.fingerprint(folder),
     )
 
 
@@ -184,6 +201,7 @@ def _load_mpi_inf_3dhp(
         names=_joined(columns["subject"], columns["frame"]),
         heatmaps=heatmaps,
         groups={key: columns[key] for key in ("subject", "scene")},
+        fingerprint=detections.fingerprint(folder),
     )
 
 
@@ -207,10 +225,10 @@ class HeatmapsOnDisk:
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
 
-    def take(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def take(self, rows: Array | np.ndarray, places: Array | np.ndarray) -> np.ndarray:
         """Heatmaps (..., 16, 64, 64) of the rows (...)."""
         del places
-        return self._examples.heatmaps(rows.reshape(-1)).reshape(*rows.shape, *_MAPS)
+        return self._examples.heatmaps(np.asarray(rows).reshape(-1)).reshape(*rows.shape, *_MAPS)
 
 
 @flax.struct.dataclass
@@ -346,7 +364,8 @@ def _draw(
 
 def _progress(examples: Examples, what: str) -> Iterator[np.ndarray]:
     """Rows of all examples, 32 at a time, with a bar."""
-    with tqdm(total=len(examples), desc=what, unit=" images") as bar:
+    hidden = not devices.is_first()
+    with tqdm(total=len(examples), desc=what, unit=" images", disable=hidden) as bar:
         for rows in examples.batches(32):
             yield rows
             bar.update(len(rows))
@@ -364,6 +383,10 @@ class Selection:
     rows: Array | np.ndarray
     places: Array | np.ndarray
 
+    def of_images(self, images: slice) -> Selection:
+        """Of some images of each step: (steps, B) -> (steps, some)."""
+        return Selection(self.rows[:, images], self.places[:, images])
+
 
 @flax.struct.dataclass
 class HeldData:
@@ -379,9 +402,10 @@ class HeldData:
 
     def batch(self, selection: Selection) -> Batch:
         """The examples of a selection."""
+        # On the host these are NumPy's arrays, which a dispatch takes as well.
         return Batch(
-            evidence=self.evidence.take(selection.rows, selection.places),
-            pose_mm=self.pose_mm[selection.rows],
+            evidence=cast(ModelEvidence, self.evidence.take(selection.rows, selection.places)),
+            pose_mm=cast(Array, self.pose_mm[selection.rows]),
         )
 
 
@@ -409,7 +433,9 @@ class TrainingData:
         epochs, places = np.divmod(positions, len(self.examples))
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            rows[epochs == epoch] = self._order(epoch)[places[epochs == epoch]]
+            rows[epochs == epoch] = _order(self.seed, epoch, len(self.examples))[
+                places[epochs == epoch]
+            ]
         rng = np.random.default_rng([self.seed, 1, step])
         places = rng.integers(0, 1 << 16, len(rows))
         shape = (num_steps, batch_size)
@@ -422,15 +448,32 @@ class TrainingData:
         return self.held().batch(self.selection(step, num_steps, batch_size))
 
     def dispatches(
-        self, first: int, last: int, num_steps: int, batch_size: int, *, held: bool = False
+        self,
+        first: int,
+        last: int,
+        num_steps: int,
+        batch_size: int,
+        *,
+        images: slice = slice(None),
+        held: bool = False,
     ) -> Iterator[Batch | Selection]:
         """Batches of all steps from `first` to `last`, each made while the one before is used.
 
-        With `held` they are selections, for devices that hold the data.
+        Args:
+          first: step that the first of them begins after.
+          last: step that the last of them ends with.
+          num_steps: steps of each.
+          batch_size: images a step.
+          images: which of these to read, see `devices.images_of_process`.
+          held: make selections, for devices that hold the data.
         """
-        make = self.selection if held else self.batch
+
+        def make(*steps: int) -> Batch | Selection:
+            selection = self.selection(*steps).of_images(images)
+            return selection if held else self.held().batch(selection)
+
         with ThreadPoolExecutor(max_workers=1) as worker:
-            ahead = None
+            ahead: Future[Batch | Selection] | None = None
             for start in range(first, last, num_steps):
                 batch, ahead = ahead, worker.submit(make, start, num_steps, batch_size)
                 if batch is not None:
@@ -438,6 +481,7 @@ class TrainingData:
             if ahead is not None:
                 yield ahead.result()
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the data lives as long as the run)
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.examples))
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(num_examples)

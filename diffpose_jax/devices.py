@@ -1,0 +1,285 @@
+"""Devices of one or several processes: how processes find each other, share work and agree.
+
+Every process runs the same program on its own devices, with its own part of each batch, and the
+first one alone writes files: they share a file system. What one process needs of another goes
+through the functions here, which all of them must call in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from diffpose_jax.config import ConfigError
+
+AXIS = "devices"
+"""Name of the axis of every `pmap`: an array that comes from one with another name is copied, and
+the function that takes it compiled again."""
+
+_FIND_S = 300
+# A dead process is noticed after the first of these at most, or one that failed and waits to end
+# together with the others after the second.
+_HEARTBEAT_S, _SHUTDOWN_S = 30, 30
+_A_WEEK_MS = 7 * 24 * 3600 * 1000
+
+_T = TypeVar("_T")
+
+
+class ProcessError(RuntimeError):
+    """JAX gave up in one of several processes, mostly because another one had died."""
+
+
+@contextlib.contextmanager
+def connected(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    detect: bool = False,
+) -> Iterator[None]:
+    """Makes this process one of several, before any other use of JAX; without arguments, of one.
+
+    When a process dies or fails, the others end within a minute, with a message. At the end of
+    the context each waits for the others.
+
+    Args:
+      coordinator: "HOST:PORT" of the first process, by which the others find it.
+      num_processes: P.
+      process_id: which of them this is, 0 to P - 1.
+      detect: take all that from the environment of a cluster (SLURM, Open MPI, ...) instead.
+
+    Raises:
+      ConfigError: for arguments that do not fit together, no such environment, or processes with
+        different numbers of devices.
+      ProcessError: if JAX gives up.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    if not detect and all(value is None for value in given.values()):
+        yield
+        return
+    _check(given, detect)
+    _speak_when_aborted(
+        f"the processes did not find each other within {_FIND_S} s: start all of them, with the"
+        " same --coordinator and --num_processes, and each with a --process_id of its own"
+    )
+    # Its own handler of SIGTERM would keep that from stopping the program.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method=None if detect else "deactivate",
+            initialization_timeout=_FIND_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--distributed found no cluster in the environment ({error}); give {', '.join(given)}"
+        ) from error
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    if jax.device_count() != jax.process_count() * jax.local_device_count():
+        raise ConfigError(
+            f"all processes must have as many devices: {me} has {jax.local_device_count()} of"
+            f" {jax.device_count()}"
+        )
+    lost = (
+        f"{me} ends because another one has ended; that one's output says why. The last checkpoint"
+        " is kept: the same command, with any number of processes, goes on from there"
+    )
+    _speak_when_aborted(lost)
+    if not is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        _meet()
+        yield
+        wait_for_all("the end")
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessError(f"{str(error).partition(chr(10))[0]}. Perhaps {lost}") from error
+    except BaseException:
+        _speak_when_aborted(f"{me} ended, as said above, and takes the others with it")
+        raise
+
+
+def _check(given: dict[str, Any], detect: bool) -> None:
+    missing = [name for name, value in given.items() if value is None]
+    if detect and len(missing) < len(given):
+        raise ConfigError(f"--distributed stands for {', '.join(given)}: leave those out, or it")
+    if detect:
+        return
+    if missing:
+        raise ConfigError(f"{', '.join(given)} belong together: {', '.join(missing)} is missing")
+    coordinator, num_processes, process_id = given.values()
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--coordinator must be HOST:PORT, not {coordinator!r}")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id must be 0 to --num_processes - 1 = {num_processes - 1}, not {process_id}"
+        )
+
+
+def _meet() -> None:
+    """Lets all devices, and all processes, exchange something for the first time.
+
+    On CPUs, JAX gives up if the first time comes more than 30 s later in one process than in
+    another; later on a process may take its time, to compile or to write.
+    """
+    wait_for_all("the start")
+    jax.pmap(lambda x: jax.lax.psum(x, "all"), "all")(np.zeros(jax.local_device_count()))
+    largest(0)
+
+
+_last_words = b""
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _speak(_: int) -> None:
+    os.write(2, _last_words)
+
+
+def _speak_when_aborted(message: str) -> None:
+    """Says why JAX aborts the process when it loses another one.
+
+    It does so from a thread of its own, while the interpreter waits for a device: no exception
+    is raised and no handler of Python's would run, so that this one is the C library's.
+    """
+    global _last_words
+    _last_words = f"\nerror: {message}\n".encode()
+    ctypes.CDLL(None).signal(signal.SIGABRT, _speak)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes; true of an only one."""
+    return jax.process_index() == 0
+
+
+_waits = itertools.count()
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until all processes have come here, however long one of them takes.
+
+    Args:
+      what: a name, for messages.
+    """
+    if jax.process_count() > 1:
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"{what} ({next(_waits)})", timeout_ms=_A_WEEK_MS)
+
+
+@contextlib.contextmanager
+def first_process_first(what: str) -> Iterator[None]:
+    """Lets the first process through before the others, who find the files that it wrote.
+
+    Args:
+      what: a name, for messages.
+    """
+    if not is_first():
+        wait_for_all(what)
+    yield
+    if is_first():
+        wait_for_all(what)
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """The folder that a process writes to: for all but the first one that goes away again."""
+    if is_first():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as unseen:
+            yield Path(unseen)
+
+
+def images_of_process(size: int, what: str) -> slice:
+    """Which of the images of a batch go to the devices of this process.
+
+    Args:
+      size: images of the whole batch, B. Image i lies on device i // (B / D) of all D, and a
+        process has those that follow each other, in `pmap`'s order.
+      what: name of the size, for the message.
+
+    Raises:
+      ConfigError: if the devices do not divide the batch.
+    """
+    if size % jax.device_count():
+        raise ConfigError(
+            f"{what} = {size} cannot be split over {jax.device_count()} devices, of"
+            f" {jax.process_count()} processes"
+        )
+    share = size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def replicate(tree: _T, devices: Sequence[jax.Device] | None = None) -> _T:
+    """Puts arrays where `pmap` wants an argument with `in_axes=None`; others it copies every time.
+
+    Args:
+      tree: a pytree of arrays, the same in all processes.
+      devices: the devices, all by default.
+    """
+    put = jax.pmap(_second, axis_name=AXIS, in_axes=(0, None), out_axes=None, devices=devices)
+    return put(np.zeros(len(devices or jax.local_devices())), tree)
+
+
+# Not within `replicate`: JAX never forgets a function that it has pmapped (0.10), nor what it
+# compiled for it.
+def _second(_: Any, tree: _T) -> _T:
+    return tree
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers (of 31 bits) that the processes give."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def added(tree: _T) -> _T:
+    """The sum over the processes of each array of a pytree, float64."""
+    if jax.process_count() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    # As bits, since JAX has no float64.
+    bits = np.concatenate([leaf.reshape(-1) for leaf in leaves]).view(np.uint32)
+    total = multihost_utils.process_allgather(bits).view(np.float64).sum(axis=0)
+    parts = np.split(total, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return jax.tree.unflatten(
+        structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def from_first(tree: _T) -> _T:
+    """The first process's pytree, to the bit; the others give one of the same shapes and types."""
+    if jax.process_count() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(jax.device_get(tree))
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    sent = np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves])
+    received = multihost_utils.broadcast_one_to_all(sent)
+    parts = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
+    return jax.tree.unflatten(
+        structure,
+        [
+            part.copy().view(leaf.dtype).reshape(leaf.shape)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ],
+    )
