@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 120_000_000
 """The largest picture that is read, of which phones have 108 megapixels; it takes 2 GB."""
@@ -61,6 +63,26 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
             side above `MAX_SIDE_PX` (both found before it is decoded) or below `MIN_SIDE_PX`.
     """
     path = Path(path)
+    with _opened(path) as picture:
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
+            logging.warning("%s is animated: only its first frame is read", path)
+        picture.load()
+        return np.array(_upright(_to_rgb(path, picture), picture))
+
+
+def size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Tells width and height of a picture as it is stored, from its header.
+
+    Raises:
+        PictureError: As `read`, for what the header tells.
+    """
+    with _opened(Path(path)) as picture:
+        return picture.size
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Opens a picture of a good size; whatever goes wrong in the context is told of the file."""
     if not path.is_file():
         raise PictureError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
@@ -69,13 +91,10 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_readable()) as picture:
                 _check_size(path, picture)
-                if getattr(picture, "is_animated", False) and picture.format != "MPO":
-                    logging.warning("%s is animated: only its first frame is read", path)
-                picture.load()
-                return np.array(_upright(_to_rgb(path, picture), picture))
+                yield picture
     except PictureError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise PictureError(
             f"{path} is not a picture of a kind that can be read, or is damaged: take JPEG, PNG,"
             " WebP, GIF, BMP or TIFF (and convert HEIC to JPEG)"

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
 
-from diffpose_jax import aggregation, files, plotting, report
+from diffpose_jax import aggregation, files, numpy_files, plotting, report
 from diffpose_jax import heatmaps as heatmaps_lib
 from diffpose_jax.aggregation import Calibration
 from diffpose_jax.data import cameras
@@ -107,6 +107,8 @@ class Detection:
     @property
     def joints_px(self) -> np.ndarray:
         """(16, 2), x and y of the highest cells in the picture, pixels."""
+        if self.crop is None:
+            raise ValueError("these heatmaps are of no picture")
         cells = self.heatmaps.reshape(len(self.heatmaps), -1).argmax(axis=-1)
         column_row = np.stack([cells % HEATMAP_SIZE, cells // HEATMAP_SIZE], axis=-1)
         return crops.cells_to_pixels(column_row[None], *self.crop)[0]
@@ -201,19 +203,14 @@ def read_heatmaps(path: str | os.PathLike[str]) -> np.ndarray:
     if not path.is_file():
         raise PredictionError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        # numpy closes a file that it opened itself only if it is whole.
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if isinstance(content, np.lib.npyio.NpzFile):
-                names = ", ".join(content.files) or "nothing"
-                content = content["heatmaps"] if "heatmaps" in content.files else None
-    except Exception as error:  # for damaged files numpy raises errors of many kinds
-        # Without numpy's reason, which advises to unpickle what is not a .npy file.
-        raise PredictionError(
-            f"{path} is not a .npy or .npz file of numbers, or cut off"
-        ) from error
-    if content is None:
-        raise PredictionError(f"{path} has no array heatmaps, only {names}")
+        content = numpy_files.read(path)
+    except ValueError as error:
+        raise PredictionError(str(error)) from error
+    if isinstance(content, dict):
+        if "heatmaps" not in content:
+            names = ", ".join(name[:40] for name in list(content)[:20]) or "nothing"
+            raise PredictionError(f"{path} has no array heatmaps, only {names}")
+        content = content["heatmaps"]
     try:
         maps = heatmaps_lib.check(content[None] if content.ndim == 3 else content)
     except ValueError as error:
@@ -364,7 +361,8 @@ def write(
             examples=[example],
         )
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **contents(detection, prediction))
+        arrays: dict[str, Any] = contents(detection, prediction)
+        np.savez_compressed(buffer, **arrays)
         files.write_whole(folder / "hypotheses.npz", buffer.getvalue())
     except OSError as error:
         raise PredictionError(f"{folder} cannot be written: {error}") from error
@@ -387,22 +385,22 @@ def contents(detection: Detection, prediction: Prediction) -> dict[str, np.ndarr
     chosen = prediction.chosen
     largest = np.finfo(np.float16).max
     arrays = {
-        "poses_mm": np.float32(prediction.poses_mm),
+        "poses_mm": prediction.poses_mm.astype(np.float32),
         "joint_names": np.array(H36M_JOINTS),
-        "pose_mm": np.float32(chosen.pose_mm),
+        "pose_mm": chosen.pose_mm.astype(np.float32),
         "pose_method": np.array(chosen.method),
-        "covariance_mm2": np.float32(prediction.covariance_mm2),
-        "radius_mm": np.float32(chosen.radius_mm),
+        "covariance_mm2": prediction.covariance_mm2.astype(np.float32),
+        "radius_mm": chosen.radius_mm.astype(np.float32),
         "radius_level": np.array(chosen.level),
         "radius_calibrated": np.array(prediction.is_calibrated),
-        "heatmaps": np.float16(np.clip(detection.heatmaps, -largest, largest)),
+        "heatmaps": np.clip(detection.heatmaps, -largest, largest).astype(np.float16),
         "joints_2d_names": np.array(MPII_JOINTS),
-        "joints_2d_height": np.float32(detection.heights),
+        "joints_2d_height": detection.heights.astype(np.float32),
     }
     if detection.crop is not None:
         arrays |= {
-            "crop_corner_px": np.int32(detection.crop.corner_px[0]),
-            "crop_side_px": np.int32(detection.crop.side_px[0]),
-            "joints_2d_px": np.float32(detection.joints_px),
+            "crop_corner_px": detection.crop.corner_px[0].astype(np.int32),
+            "crop_side_px": detection.crop.side_px[0].astype(np.int32),
+            "joints_2d_px": detection.joints_px.astype(np.float32),
         }
     return arrays

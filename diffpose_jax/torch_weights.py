@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
         # A weight of the loss over t that the program leaves at 1.
         "p2_loss_weight": np.ones_like(variance),
     }
-    return {name: np.float32(values) for name, values in buffers.items()}
+    return {name: np.asarray(values, np.float32) for name, values in buffers.items()}
 
 
 _UNUSED = re.compile(
@@ -83,7 +84,8 @@ def unused(names: Iterable[str]) -> list[str]:
 def read_file(path: str | Path) -> Any:
     """Reads a PyTorch file: its nested dictionaries, with arrays in place of the tensors.
 
-    Tensors only: an object of any other class is refused, no code of the file runs.
+    Tensors only: an object of any other class is refused, no code of the file runs. What is larger
+    in memory than in the file is refused, too.
 
     Raises:
       MissingExtraError: without PyTorch.
@@ -91,6 +93,7 @@ def read_file(path: str | Path) -> Any:
     """
     torch = extras.load("torch", "torch")
     try:
+        _check_archive(Path(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist") from error
@@ -102,15 +105,41 @@ def read_file(path: str | Path) -> Any:
         )
         raise WeightsError(f"{path} is not a PyTorch file of tensors alone: {reason}") from error
 
-    def arrays(value: Any) -> Any:
+    def arrays(value: Any, depth: int = 0) -> Any:
         if isinstance(value, Mapping):
-            return {name: arrays(part) for name, part in value.items()}
+            if depth == _DEEPEST:  # it may even hold itself
+                raise WeightsError(f"{path} holds dictionaries within dictionaries, too many")
+            return {name: arrays(part, depth + 1) for name, part in value.items()}
         if isinstance(value, torch.Tensor):
+            if not is_plain(value):
+                raise WeightsError(f"{path} holds a tensor that is not plain numbers, one by one")
             # Wider than any released type; numpy has no bfloat16.
-            return (value.float() if value.is_floating_point() else value).numpy()
+            return (value.float() if value.is_floating_point() else value).numpy(force=True)
         return value
 
+    def is_plain(tensor: Any) -> bool:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            return False
+        if tensor.is_quantized or tensor.is_complex():
+            return False
+        # A few bytes can be told to count as any number of elements.
+        return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
     return arrays(content)
+
+
+_DEEPEST = 10
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses what unpacks to more than it is; files before PyTorch 1.6 are no archives."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if is_packed or sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("it is packed, as PyTorch's files are not")
 
 
 def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) -> None:
@@ -160,16 +189,20 @@ def released_tensors(content: Any, weights: str = "raw") -> dict[str, np.ndarray
         if not isinstance(content.get(item), dict):
             raise WeightsError(f"holds no {weights} weights: {item!r} is missing")
         tensors = {
-            name.removeprefix(prefix): tensor
+            str(name).removeprefix(prefix): tensor
             for name, tensor in content[item].items()
-            if name.startswith(prefix)
+            if str(name).startswith(prefix)
         }
     elif weights != "raw":
         raise WeightsError(f"is a plain state dict, it holds no {weights} weights")
-    others = [name for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]
+    others = [
+        name
+        for name, tensor in tensors.items()
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray)
+    ]
     if others or not tensors:
         raise WeightsError(
-            f"is no state dict: {', '.join(map(str, others[:5])) or 'it is empty'}"
+            f"is no state dict: {', '.join(str(n)[:60] for n in others[:5]) or 'it is empty'}"
             + " are no tensors" * bool(others)
         )
     return tensors
@@ -276,7 +309,7 @@ def state_dict(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.nd
         if norm := re.fullmatch(rf"({_BATCH_NORM})\.weight", name):
             tensors[f"{norm[1]}.running_mean"] = np.zeros_like(scale)
             tensors[f"{norm[1]}.running_var"] = np.ones_like(scale)
-            tensors[f"{norm[1]}.num_batches_tracked"] = np.int64(0)
+            tensors[f"{norm[1]}.num_batches_tracked"] = np.array(0, np.int64)
     return tensors | schedule_buffers(schedule)
 
 
@@ -326,6 +359,6 @@ def _torch_name(path: ParamPath) -> str:
         case ("denoiser", "output", _):
             return f"denoise_fn.pose.{kind}"
         case ("denoiser", layer, _):
-            block, index = (int(number) + 1 for number in layer.removeprefix("blocks_").split("_"))
-            return f"denoise_fn.res_pose{block}.l{index}.{kind}"
+            block, inner = (int(number) + 1 for number in layer.removeprefix("blocks_").split("_"))
+            return f"denoise_fn.res_pose{block}.l{inner}.{kind}"
     raise WeightsError(f"no tensor of the published program holds the parameter {'/'.join(path)}")

@@ -212,7 +212,7 @@ def test_not_finite(copy):
     annotations.read_all(copy)
     content["univ_annot3"][0, 4, 0, 3] = np.inf
     write_mat(path, content)
-    with pytest.raises(ValueError, match="not finite in valid frames, images of number 4"):
+    with pytest.raises(ValueError, match=r"not finite in valid frames, .*images of number 4"):
         annotations.read_all(copy)
 
 
@@ -312,7 +312,7 @@ def test_images_are_looked_at_before_the_detector_runs(in_view, tmp_path):
     path = in_view / "TS6" / "imageSequence" / "img_000001.jpg"
     whole = path.read_bytes()
     path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"TS6/imageSequence/img_000001\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"TS6/imageSequence/img_000001\.jpg is not a picture"):
         prepare(in_view, tmp_path, detector)
     change(in_view / "TS6" / "annot_data.mat")  # people about (512, 500), as in large images
     path.write_bytes(whole)

@@ -121,7 +121,7 @@ def _decode_compact(content: np.ndarray, heights: np.ndarray) -> None:
     occupied = np.ones(_MASK_BYTES[0], np.bool_)
     start = 0
     for num_bytes in _MASK_BYTES:
-        stop = start + np.count_nonzero(occupied)
+        stop = start + int(np.count_nonzero(occupied))
         mask = np.zeros(num_bytes, np.uint8)
         mask[occupied] = content[start:stop]
         occupied = np.unpackbits(mask).view(np.bool_)

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,14 +35,16 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from diffpose_jax import runs
 from diffpose_jax.data import compact
-from diffpose_jax.files import write_json, write_whole
+from diffpose_jax.files import read_json, sync, write_json, write_whole
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 _SHAPE = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
 # A reader keeps every shard open: few large ones, whatever the number of parts.
 _SHARD_BYTES = 256 << 20
 _RECORDS_AT_ONCE = 128
+_FINGERPRINTED = 256
 _CONFIGURATION = "configuration.json"
 _WRITER_OPTIONS = "group_size:1"  # what random access needs
 
@@ -58,8 +60,11 @@ class Detector(Protocol):
       input_px: P, the side of the crops that it reads.
     """
 
-    fingerprint: str
-    input_px: int
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+    @property
+    def input_px(self) -> int: ...  # noqa: D102
 
     def heatmaps(self, crops: np.ndarray) -> np.ndarray:
         """Crops (n, P, P, 3) uint8 RGB to heatmaps (n, 16, 64, 64)."""
@@ -103,7 +108,8 @@ def named(config: _Config, label: str) -> _Config:
       config: all its own fields must be plain values, or dataclasses of them.
       label: what the name begins with; a hash follows.
     """
-    return dataclasses.replace(config, name=f"{label}_{_fingerprint(config)}")
+    # `name` is a field of TFDS, which has no types.
+    return dataclasses.replace(config, name=f"{label}_{_fingerprint(config)}")  # type: ignore[call-arg]
 
 
 def _own_fields(config: DetectionsConfig) -> dict[str, Any]:
@@ -196,16 +202,21 @@ class DetectionsBuilder(FileReaderBuilder):
         """Writes the data set if it is not there yet.
 
         What an earlier call that was stopped has finished is used. At the end, when the parts
-        are joined, the data set takes its place on the disk twice.
+        are joined, the data set takes its place on the disk twice. A second process that prepares
+        the same waits for the first.
 
         Raises:
           ValueError: for a configuration without its hash in its name, a detector other than the
             configuration's, two parts of one name, or a part that does not hold the columns.
           ValueError, FileNotFoundError: what `check` and the parts raise; a note says in which
             part.
+          OSError: if it cannot be written, as on a full disk.
         """
-        with quiet_tfds():
+        with preparing(Path(self.data_dir)):
             self.download_and_prepare()
+            if not self.info.initialized:  # written by another process while this one waited
+                self.info.read_from_directory(self.data_dir)
+            shutil.rmtree(self._parts_folder(), ignore_errors=True)
 
     def _info(self) -> tfds.core.DatasetInfo:
         pose = tfds.features.Tensor(
@@ -220,7 +231,7 @@ class DetectionsBuilder(FileReaderBuilder):
             features=tfds.features.FeaturesDict(
                 {"heatmaps": heatmaps, "pose_mm": pose, **self.columns()}
             ),
-            description=inspect.getdoc(type(self)).splitlines()[0],
+            description=(inspect.getdoc(type(self)) or "").partition("\n")[0],
             disable_shuffling=True,
         )
 
@@ -241,12 +252,8 @@ class DetectionsBuilder(FileReaderBuilder):
         splits = [self._merge(split, paths) for split, paths in files.items()]
         write_json(Path(self.data_path) / _CONFIGURATION, self.fields())
         self.info.set_splits(tfds.core.SplitDict(splits))
-
-    def _post_download_and_prepare_hook(self) -> None:
-        # TFDS leaves its unfinished folder behind when it is killed.
-        unfinished = Path(self.data_dir).parent.glob(f"incomplete.*_{self.version}")
-        for folder in (self._parts_folder(), *unfinished):
-            shutil.rmtree(folder)
+        for path in Path(self.data_path).iterdir():
+            sync(path)
 
     def _parts_folder(self) -> Path:
         return Path(self.data_path).parent / f"parts_{self.version}"
@@ -340,6 +347,31 @@ class DetectionsBuilder(FileReaderBuilder):
 
 
 @contextlib.contextmanager
+def preparing(folder: Path) -> Iterator[None]:
+    """What a data set is prepared in: one process at a time, without TFDS's messages.
+
+    At the end it removes what TFDS leaves behind when it is killed.
+
+    Args:
+      folder: the data set's, which need not be there yet.
+
+    Raises:
+      OSError: in place of the error that array_record has for a file that it cannot write.
+    """
+    with runs.in_turn(folder.parent), quiet_tfds():
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            unwritten = OSError(f"{folder} cannot be prepared: {error}")
+            unwritten.__notes__ = getattr(error, "__notes__", [])
+            raise unwritten from error
+        for unfinished in folder.parent.glob(f"incomplete.*_{folder.name}"):
+            shutil.rmtree(unfinished)
+
+
+@contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
     """Keeps TFDS from warning of configurations that are not known beforehand.
 
@@ -378,21 +410,24 @@ class _PartWriter:
             {name: np.concatenate([c[name] for c in self._columns]) for name in self._columns[0]},
         )
         # The records come last: where they are, the part is finished.
+        sync(self._beside)
         self._beside.replace(self._path)
+        sync(self._path.parent)
 
     def discard(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(RuntimeError):  # of a full disk, as was the error before
+            self._writer.close()
         self._beside.unlink()
 
 
-def _read_ahead(parts: Iterable[Part]) -> Iterator[tuple[Part, Columns | None]]:
+def _read_ahead(parts: Iterable[Part]) -> Generator[tuple[Part, Columns | None], None, None]:
     """Reads several parts at a time, each in a thread, and gives their chunks as they come.
 
     A part's chunks come in order, with None after the last. One chunk of each part in progress is
     read ahead, so that a few are in memory at any time.
     """
     parts = iter(parts)
-    running: dict[Future, tuple[Part, Iterator[Columns]]] = {}
+    running: dict[Future[Columns | None], tuple[Part, Iterator[Columns]]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def read_on(part: Part, chunks: Iterator[Columns]) -> None:
@@ -444,7 +479,8 @@ def _columns_file(folder: str | os.PathLike[str], split: str) -> Path:
 
 def _save_columns(path: Path, columns: Columns) -> None:
     content = io.BytesIO()
-    np.savez_compressed(content, **columns)
+    arrays: dict[str, Any] = columns
+    np.savez_compressed(content, **arrays)
     write_whole(path, content.getvalue())
 
 
@@ -470,10 +506,7 @@ def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -
       ValueError: if there are several; the message lists them and how they differ.
     """
     base = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / dataset
-    found = {
-        path.parent: json.loads(path.read_text())
-        for path in sorted(base.glob(f"*/*/{_CONFIGURATION}"))
-    }
+    found = {path.parent: read_json(path) for path in sorted(base.glob(f"*/*/{_CONFIGURATION}"))}
     fitting = [
         folder
         for folder, fields in found.items()
@@ -510,11 +543,10 @@ def read(
       FileNotFoundError: if there is no prepared data set.
       ValueError: if it has no such split, or is damaged.
     """
-    is_builder = isinstance(prepared, tfds.core.DatasetBuilder)
-    folder = Path(prepared.data_dir if is_builder else prepared)
+    folder = Path(prepared if isinstance(prepared, str | Path) else prepared.data_dir)
     if not (folder / "dataset_info.json").exists():
         raise FileNotFoundError(f"{folder} holds no prepared data set; prepare it first")
-    builder = prepared if is_builder else tfds.builder_from_directory(folder)
+    builder = tfds.builder_from_directory(folder) if isinstance(prepared, str | Path) else prepared
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no split {split!r}, but {', '.join(builder.info.splits)}")
     info = builder.info.splits[split]
@@ -549,6 +581,44 @@ def read(
         return out
 
     return columns, heatmaps
+
+
+def fingerprint(prepared: str | Path) -> str:
+    """Names the content of a prepared data set, wherever it lies and whenever it was made.
+
+    A hash over the number of examples, the bytes that they take and `_FINGERPRINTED` of them from
+    each split, evenly spread, and over the check sums of the files of columns. It reads little, so
+    that it is for telling data sets apart, not for finding damage.
+
+    Args:
+      prepared: its folder.
+
+    Raises:
+      ValueError: if an example is damaged.
+    """
+    builder = tfds.builder_from_directory(prepared)
+    digest = hashlib.sha256()
+    for split, info in sorted(builder.info.splits.items()):
+        digest.update(f"{split} {info.num_examples} {info.num_bytes}\0".encode())
+        source = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        rows = np.linspace(0, len(source) - 1, min(len(source), _FINGERPRINTED)).astype(int)
+        try:
+            records = source.__getitems__(rows.tolist())
+        except RuntimeError as error:  # as in `read`
+            raise ValueError(f"{_damaged(Path(prepared), split)}: {error}") from error
+        for record in records:
+            # In the order of the names: in a record it is by chance.
+            columns = tf_example_pb2.Example.FromString(record).features.feature
+            for name, column in sorted(columns.items()):
+                digest.update(name.encode() + column.SerializeToString(deterministic=True))
+        path = _columns_file(prepared, split)
+        if path.exists():
+            with zipfile.ZipFile(path) as archive:
+                for file in archive.infolist():
+                    digest.update(f"{file.filename} {file.file_size} {file.CRC}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 def _stored_heatmaps(record: bytes) -> bytes:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffpose_jax import extras, pictures
-from diffpose_jax.data import cameras
+from diffpose_jax import pictures
+from diffpose_jax.data import cameras, matlab5
 
 JOINTS: tuple[str, ...] = (
     "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist",
@@ -24,6 +24,7 @@ JOINTS: tuple[str, ...] = (
 """The joints of `joints.mat`, in its order."""
 
 _NAMED = 10
+_FARTHEST_PX = 1e6
 
 
 class Picture(NamedTuple):
@@ -54,7 +55,6 @@ def read(folder: str | Path) -> Iterator[Picture]:
     Raises:
         FileNotFoundError: If the annotations or an image are missing; before the first picture.
         ValueError: If a file is not what it should be; the message names it and says why.
-        MissingExtraError: If scipy is not installed.
     """
     folder = Path(folder)
     joints = _read_joints(folder / "joints.mat")
@@ -79,22 +79,17 @@ def _pictures(paths: list[Path], joints: np.ndarray) -> Iterator[Picture]:
 
 def _read_joints(path: Path) -> np.ndarray:
     """Reads `joints.mat`: (N, 14, 3) float64."""
-    io = extras.load("scipy.io", "lsp")
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: give the folder of lsp_extended, which holds it and images."
         )
-    try:
-        content = io.loadmat(path)
-    except Exception as error:  # damaged files make scipy raise errors of many kinds
-        raise ValueError(f"{path} is not a MATLAB version 5 file: {error}") from error
-    if "joints" not in content:
-        names = ", ".join(name for name in content if not name.startswith("__"))
-        raise ValueError(f"{path} has no array joints; it has {names}.")
-    joints = np.asarray(content["joints"], np.float64)
+    joints = np.asarray(matlab5.read(path, "joints"), np.float64)
     if joints.ndim != 3 or joints.shape[:2] != (len(JOINTS), 3):
         raise ValueError(
             f"{path}: joints is {joints.shape}; it must be (14, 3, N). The first LSP data set, "
             "(3, 14, 2000), is not read."
         )
+    seen = joints.transpose(0, 2, 1)[joints[:, 2] > 0]
+    if not (np.abs(seen) < _FARTHEST_PX).all():  # nan is refused, too
+        raise ValueError(f"{path}: a visible joint is not finite or far outside of any picture.")
     return joints.transpose(2, 0, 1)

@@ -228,13 +228,13 @@ def simulate(
     shape = B, J = truth.shape[:2]
     hidden = hidden_joints(joints_mm, config.occlusion_margin_mm)
     behind = seen_from_behind(joints_mm)
-    cut = ((truth < -0.5) | (truth >= HEATMAP_SIZE - 0.5)).any(-1)
+    cut = np.any((truth < -0.5) | (truth >= HEATMAP_SIZE - 0.5), axis=-1)
 
     quality = rng.lognormal(0.0, config.quality_std, (B, 1))
     unsure = hidden & (rng.random(shape) < config.hidden_unsure * quality)
 
     def happens(chance: float, chance_unsure: float) -> np.ndarray:
-        return rng.random(shape) < np.where(unsure, chance_unsure, chance) * quality
+        return np.less(rng.random(shape), np.where(unsure, chance_unsure, chance) * quality)
 
     # The main mode.
     widening = np.where(unsure, config.hidden_spread * rng.exponential(1.0, shape), 0.0) * quality

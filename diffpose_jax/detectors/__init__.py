@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -103,7 +102,7 @@ def _detect(
     params: Mapping[str, Any],
     crops: Array,
 ) -> Array:
-    return network.apply({"params": params}, preprocess(crops))
+    return cast(Array, network.apply({"params": params}, preprocess(crops)))
 
 
 def save(folder: str | Path, network: str, params: Mapping[str, Any]) -> None:
@@ -164,23 +163,25 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
 def _hash(params: Mapping[str, Any], options: str) -> str:
     digest = hashlib.sha256(options.encode())
     for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        leaf = np.ascontiguousarray(leaf)
-        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(leaf)
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
     return digest.hexdigest()[:12]
 
 
 def _read_network_name(folder: Path) -> str:
     try:
-        metadata = json.loads((folder / _METADATA).read_text())
+        metadata = files.read_json(folder / _METADATA)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a converted detector ({_METADATA}: {error}); experiments.convert"
             " makes one from published weights"
         ) from error
     found = metadata if isinstance(metadata, dict) else {}
-    if found.get("format") != FORMAT or found.get("network") not in _NETWORKS:
+    network = str(found.get("network"))
+    if found.get("format") != FORMAT or network not in _NETWORKS:
         raise CheckpointError(
-            f"{folder} is not a '{FORMAT}' of {' or '.join(_NETWORKS)}: {_METADATA} says {metadata}"
+            f"{folder} is not a '{FORMAT}' of {' or '.join(_NETWORKS)}: {_METADATA} says"
+            f" {str(metadata)[:300]}"
         )
-    return found["network"]
+    return network

@@ -265,7 +265,8 @@ def convert(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     for file, name in zip((path, path.with_suffix(".bin")), _SHA256, strict=True):
-        _check(name, file.read_bytes(), str(file))
+        with file.open("rb") as stream:
+            _check(name, stream.read(_MAX_BYTES), str(file))
     return from_tensors(tensorflow_js.read_weights(path))
 
 

@@ -205,8 +205,8 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     params = {}
     for path in kernels:
-        kernel = np.float64(tensors[_weight(path)]).transpose(2, 3, 1, 0)
-        vectors = [np.float64(tensors[name]) for name in _vectors(path)]
+        kernel = np.asarray(tensors[_weight(path)], np.float64).transpose(2, 3, 1, 0)
+        vectors = [np.asarray(tensors[name], np.float64) for name in _vectors(path)]
         if path == _LAST:
             (bias,) = vectors
         else:
@@ -214,7 +214,7 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
             scale = scale / np.sqrt(variance + _BATCH_NORM_EPSILON)
             kernel, bias = kernel * scale, shift - mean * scale
         params[*path, "kernel"] = np.ascontiguousarray(kernel, np.float32)
-        params[*path, "bias"] = np.float32(bias)
+        params[*path, "bias"] = np.asarray(bias, np.float32)
     return traverse_util.unflatten_dict(params)
 
 

@@ -6,15 +6,16 @@ shape and type of the tensors that lie one after the other in those files, littl
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffpose_jax.files import read_json
+
 _DTYPES = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4")}
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 256 << 20
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
@@ -33,15 +34,20 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     try:
-        manifest = json.loads(path.read_bytes())["weightsManifest"]
+        manifest = read_json(path)["weightsManifest"]
         groups = [(list(group["paths"]), list(group["weights"])) for group in manifest]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is not a TensorFlow.js graph model: it holds no readable weightsManifest"
         ) from error
     tensors: dict[str, np.ndarray] = {}
-    for names, entries in groups:
-        content = b"".join(_read_beside(path, name) for name in names)
+    # All of them first, as one may be named many times.
+    files = [[_beside(path, name) for name in names] for names, _ in groups]
+    if sum(file.stat().st_size for of_group in files for file in of_group) > _MAX_BYTES:
+        raise ValueError(f"{path}: its files hold more than {_MAX_BYTES:,} bytes")
+    for of_group, (_, entries) in zip(files, groups, strict=True):
+        content = b"".join(file.read_bytes() for file in of_group)
+        names = ", ".join(file.name for file in of_group[:5])
         start = 0
         for entry in entries:
             name, shape, dtype = _described(path, entry)
@@ -51,27 +57,30 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
             end = start + size * dtype.itemsize
             if end > len(content):
                 raise ValueError(
-                    f"{path}: {', '.join(names)} should hold {end:,} bytes up to the tensor"
+                    f"{path}: {names} should hold {end:,} bytes up to the tensor"
                     f" {name}, but holds {len(content):,}: truncated?"
                 )
             tensors[name] = np.frombuffer(content, dtype, size, start).reshape(shape)
             start = end
         if start != len(content):
             raise ValueError(
-                f"{path}: {', '.join(names)} holds {len(content):,} bytes, its tensors have"
-                f" {start:,}"
+                f"{path}: {names} holds {len(content):,} bytes, its tensors have {start:,}"
             )
     return tensors
 
 
-def _read_beside(path: Path, name: Any) -> bytes:
+def _beside(path: Path, name: Any) -> Path:
     """A file that the manifest names; nothing that lies in another folder."""
     if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
-        raise ValueError(f"{path}: its manifest names a file {name!r}, which is not beside it")
+        raise ValueError(f"{path}: its manifest names a file {name!r:.100}, which is not beside it")
     beside = path.with_name(name)
-    if beside.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{beside} is larger than {_MAX_BYTES:,} bytes")
-    return beside.read_bytes()
+    try:
+        beside.stat()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # too long, or not of letters
+        raise ValueError(f"{path}: no file can have the name {name!r:.100}") from error
+    return beside
 
 
 def _described(path: Path, entry: Any) -> tuple[str, tuple[int, ...], np.dtype]:

@@ -13,7 +13,11 @@ but NumPy's arrays.
 
 from __future__ import annotations
 
+import math
+import mmap
 import pickle
+import pickletools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,16 +34,64 @@ HARD_SIGMA = 5.0
 
 _WIDTHS = {"3d_gt": 3 * NUM_JOINTS, "gaussfit": 7 * NUM_HEATMAPS}
 _FRAMES = 256
+_MOST_FRAMES = 1_000_000
 
-# NumPy 1 and 2 name the modules of these differently.
-_ARRAY_PARTS = {
-    (f"numpy.{core}.{module}", name): getattr(getattr(np._core, module), name)
+_FARTHEST = 1e6  # millimetres, and numbers of a fit
+
+_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+
+
+class _Dtype:
+    """Stands for `numpy.dtype` in a pickle: a plain type, whose byte order is set later."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        if not re.fullmatch(r"[biuf][1248]|[OSU]\d{0,6}", name):
+            raise pickle.UnpicklingError(f"it holds arrays of {name[:40]!r}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array that takes its content from a pickle only if there is as much as its shape says."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, of, is_fortran, content = state
+        is_list = of.dtype.hasobject
+        if not isinstance(content, list if is_list else (bytes, bytearray)):
+            raise pickle.UnpicklingError("an array has no content")
+        size = len(content) if is_list else len(content) // max(of.dtype.itemsize, 1)
+        if math.prod(shape) != size:
+            raise pickle.UnpicklingError(f"an array of {size} numbers cannot be {shape}")
+        # A bool, whatever NumPy's stub says: its np.bool cannot be made an int, as C needs it.
+        super().__setstate__((1, shape, of.dtype, bool(is_fortran), content))  # type: ignore[arg-type]
+
+
+_NDARRAY = "numpy.ndarray"  # only the name: calling it would make an array of any size
+
+
+def _reconstruct(kind: str, shape: tuple[int, ...], _: Any) -> _Array:
+    """Makes the empty array that its content is given to."""
+    if kind != _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError("it makes an array in another way than NumPy's")
+    return _Array((0,), np.int8)
+
+
+def _frombuffer(content: Any, of: _Dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    return np.frombuffer(content, of.dtype).reshape(shape, order=order)
+
+
+# NumPy 1 and 2 name the modules of these differently. None of its own functions is called with
+# what a file says.
+_ARRAY_PARTS: dict[tuple[str, str], Any] = {
+    (f"numpy.{core}.{module}", name): part
     for core in ("core", "_core")
-    for module, name in (
-        ("multiarray", "_reconstruct"),
-        ("numeric", "_frombuffer"),
+    for module, name, part in (
+        ("multiarray", "_reconstruct", _reconstruct),
+        ("numeric", "_frombuffer", _frombuffer),
     )
-} | {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+} | {("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): _Dtype}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -53,11 +105,26 @@ class _ArrayUnpickler(pickle.Unpickler):
         """
         if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(
-                f"it holds {module}.{name}, which arrays and containers do not need. It was not "
-                "loaded: loading it could run code. Make the file again by the authors' "
+                f"it holds {module[:60]}.{name[:60]}, which arrays and containers do not need. It "
+                "was not loaded: loading it could run code. Make the file again by the authors' "
                 "create_data.py"
             )
         return _ARRAY_PARTS[module, name]
+
+
+def _check_numbering(content: mmap.mmap) -> None:
+    """Goes through a pickle without running it.
+
+    Python reserves memory for every number under which a pickle may keep an object, up to the
+    highest that it names. A pickler counts them from 0.
+    """
+    kept = 0
+    # A map has what it needs of a file.
+    for opcode, number, _ in pickletools.genops(content):  # type: ignore[arg-type]
+        if opcode.name in _PUTS:
+            if number is None or number > kept:
+                raise pickle.UnpicklingError("its objects are not numbered in turn")
+            kept += 1
 
 
 def load_arrays(path: Path) -> Any:
@@ -81,10 +148,14 @@ def load_arrays(path: Path) -> Any:
         )
     with path.open("rb") as file:
         try:
-            return _ArrayUnpickler(file).load()
+            # In pages of the file: none of what it claims to hold is given memory beforehand.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                _check_numbering(content)
+                content.seek(0)
+                return _ArrayUnpickler(content).load()
         # A damaged pickle can ask for anything, so anything can go wrong.
         except Exception as error:
-            raise ValueError(f"{path} cannot be loaded: {error}") from error
+            raise ValueError(f"{path} cannot be loaded: {str(error)[:500]}") from error
 
 
 def check(folder: Path, division: str) -> None:
@@ -129,7 +200,7 @@ def read(folder: Path, division: str, split: str) -> Iterator[dict[str, np.ndarr
             fits = part["gaussfit"][here].reshape(-1, NUM_HEATMAPS, 7)
             yield {
                 "heatmaps": render(fits),
-                "hard": (fits[..., [3, 5]] > HARD_SIGMA).any((1, 2)),
+                "hard": np.any(fits[..., [3, 5]] > HARD_SIGMA, axis=(1, 2)),
                 **sequences.columns(sequence, frames[here], rows[here], points_mm[here]),
             }
 
@@ -147,32 +218,39 @@ def _recordings(folder: Path, table: str) -> Iterator[tuple[Sequence, dict[str, 
             what = f"{path}: {'/'.join(keys)}"
             if not isinstance(part, dict):
                 raise ValueError(f"{what} is missing.")
-            if len(part.get("imgpath", ())):
+            names = part.get("imgpath", ())
+            if not isinstance(names, (list, tuple, np.ndarray)):
+                raise ValueError(f"{what}: imgpath is no list.")
+            if len(names):
                 yield sequence, _check_part(part, what)
 
 
 def _check_part(part: dict[str, Any], what: str) -> dict[str, np.ndarray]:
-    arrays = {"imgpath": np.array([_frame(str(name), what) for name in part["imgpath"]])}
+    names = part["imgpath"]
+    arrays = {"imgpath": np.array([_frame(str(name)[:200], what) for name in names], np.int64)}
     for key, width in _WIDTHS.items():
         if key not in part:
             hint = "; run the authors' create_data.py, which adds the poses" * (key == "3d_gt")
             raise ValueError(f"{what} has no {key}{hint}.")
-        arrays[key] = np.asarray(part[key])
-        expected = (len(arrays["imgpath"]), width)
-        if arrays[key].shape != expected or arrays[key].dtype.kind != "f":
+        expected = (len(names), width)
+        array = part[key]
+        # Not made of lists: they may hold each other many times over.
+        if not isinstance(array, np.ndarray) or array.shape != expected or array.dtype.kind != "f":
+            found = f"{np.shape(array)} {array.dtype}" if isinstance(array, np.ndarray) else "none"
             raise ValueError(
-                f"{what}: {key} is {arrays[key].shape} {arrays[key].dtype}; it must be {expected} "
-                "of floating-point numbers, a row for each of imgpath."
+                f"{what}: {key} is {found}; it must be {expected} of floating-point numbers, a row"
+                " for each of imgpath."
             )
-        if not np.isfinite(arrays[key]).all():
-            raise ValueError(f"{what}: {key} holds NaN or infinity.")
+        if not (np.abs(array) < _FARTHEST).all():  # nan is refused, too
+            raise ValueError(f"{what}: {key} holds NaN, infinity or what is far too large.")
+        arrays[key] = array.view(np.ndarray)
     return arrays
 
 
 def _frame(name: str, what: str) -> int:
     """Tells the frame, from 0, of an image's name such as "/S9/Directions.54138969/4.jpg"."""
     number = Path(name).stem
-    if not number.isdecimal():
+    if not (number.isdecimal() and 0 < int(number[:10]) <= _MOST_FRAMES and len(number) <= 10):
         raise ValueError(f"{what}: imgpath holds {name!r}; it must end in the frame's number.")
     return int(number) - 1
 

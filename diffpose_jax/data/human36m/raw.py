@@ -12,10 +12,12 @@ for a few frames, and of some recordings of S9 the poses were cut to the part th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -41,6 +43,11 @@ the detector finds. It is tighter: toes, fingers and the nose do not count.
 """
 
 _FRAMES = 64
+_FARTHEST = 1e6  # millimetres, and pixels
+_MOST_FRAMES = 100_000  # the longest recording has about 6,000
+_MOST_CDF_BYTES = 256 << 20
+_MOST_CALLS = 200_000
+_CDF_NUMBERS = ("CDF_FLOAT", "CDF_DOUBLE", "CDF_REAL4", "CDF_REAL8")
 
 
 class Recording(NamedTuple):
@@ -168,23 +175,82 @@ def read_poses(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         ValueError: If it is not such a file; it is named.
     """
+    with _cdf(path) as file:
+        frames = _count_poses(file, path, dimensions)
+        with _few_calls():
+            poses = np.asarray(file.varget("Pose"), np.float64)
+    if poses.shape != (1, frames, 32 * dimensions):
+        raise ValueError(f"{path} is damaged: it holds {poses.shape} of its {frames} frames.")
+    if not (np.abs(poses) < _FARTHEST).all():  # nan is refused, too
+        raise ValueError(f"{path}: Pose holds NaN, infinity or what is far too large.")
+    return poses.reshape(-1, 32, dimensions)
+
+
+@contextlib.contextmanager
+def _cdf(path: Path) -> Iterator[Any]:
+    """Opens a CDF file; whatever goes wrong within the context is told of the file."""
     cdflib = extras.load("cdflib", "human36m")
     try:
-        file = cdflib.CDF(path)
-        known = file.cdf_info().rVariables + file.cdf_info().zVariables
-        poses = np.float64(file.varget("Pose")) if "Pose" in known else None
+        if path.stat().st_size > _MOST_CDF_BYTES:
+            raise _NoPosesError(f"{path} is larger than {_MOST_CDF_BYTES:,} bytes.")
+        with _few_calls():
+            file = cdflib.CDF(path)
+        yield file
+    except _NoPosesError:
+        raise
     # A damaged file makes the parser fail in any way.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a CDF file: {error}") from error
-    if poses is None:
-        raise ValueError(f"{path} has no variable Pose, only {', '.join(known) or 'none'}.")
-    if poses.ndim != 3 or len(poses) != 1 or poses.shape[2] != 32 * dimensions:
-        raise ValueError(
-            f"{path}: Pose has shape {poses.shape}; 32 joints make it (1, F, {32 * dimensions})."
+        raise ValueError(f"{path} cannot be read as a CDF file: {str(error)[:300]}") from error
+
+
+def _count_poses(file: Any, path: Path, dimensions: int) -> int:
+    """The frames of the variable Pose, as the file's header has them."""
+    with _few_calls():
+        info = file.cdf_info()
+        known = info.rVariables + info.zVariables
+        pose = file.varinq("Pose") if "Pose" in known else None
+    if pose is None:
+        names = ", ".join(name[:40] for name in known[:20]) or "none"
+        raise _NoPosesError(f"{path} has no variable Pose, only {names}.")
+    shape = (pose.Last_Rec + 1, *pose.Dim_Sizes)
+    if len(shape) != 3 or shape[0] != 1 or shape[2] != 32 * dimensions:
+        raise _NoPosesError(
+            f"{path}: Pose has shape {shape}; 32 joints make it (1, F, {32 * dimensions})."
         )
-    if not np.isfinite(poses).all():
-        raise ValueError(f"{path}: Pose holds NaN or infinity.")
-    return poses.reshape(-1, 32, dimensions)
+    if not 0 <= shape[1] <= _MOST_FRAMES or pose.Data_Type_Description not in _CDF_NUMBERS:
+        raise _NoPosesError(
+            f"{path}: Pose has {shape[1]} frames of {pose.Data_Type_Description}; it must have"
+            f" {_CDF_NUMBERS[0]} or such, of at most {_MOST_FRAMES:,} frames."
+        )
+    return shape[1]
+
+
+class _NoPosesError(ValueError):
+    """A CDF file is whole, but not one of poses."""
+
+
+@contextlib.contextmanager
+def _few_calls() -> Iterator[None]:
+    """Ends what makes far more calls of functions than an honest file needs.
+
+    A CDF file is a web of references, which cdflib follows as they come: in a damaged one for
+    ever. It is all Python, so that its calls can be counted, in this thread alone.
+
+    Raises:
+        RuntimeError: After `_MOST_CALLS` calls.
+    """
+    calls = itertools.count()
+
+    def count(*_: Any) -> None:
+        if next(calls) > _MOST_CALLS:
+            raise RuntimeError("it leads in circles")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def count_frames(path: Path) -> int:
@@ -204,7 +270,8 @@ def count_frames(path: Path) -> int:
             stream = container.streams.video[0]
             frames = sum(packet.size > 0 for packet in container.demux(stream))
             announced = stream.frames
-    except (av.FFmpegError, IndexError, StopIteration) as error:
+    # av reads texts of a damaged file, too.
+    except (av.FFmpegError, IndexError, StopIteration, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be decoded as a video: {error}") from error
     if frames < announced:
         raise ValueError(f"{path} is cut off: it holds {frames} of its {announced} frames.")
@@ -212,8 +279,13 @@ def count_frames(path: Path) -> int:
 
 
 def count_poses(path: Path) -> int:
-    """Tells how many frames a checked file of poses has, from its header."""
-    return extras.load("cdflib", "human36m").CDF(path).varinq("Pose").Dim_Sizes[0]
+    """Tells how many frames a file of projected joints has, from its header.
+
+    Raises:
+        ValueError: As `read_poses`.
+    """
+    with _cdf(path) as file:
+        return _count_poses(file, path, 2)
 
 
 def read(
@@ -277,6 +349,6 @@ def _pictures(path: Path, frames: np.ndarray) -> Iterator[np.ndarray]:
                 decoded += 1
                 if decoded > frames[-1]:
                     return
-    except av.FFmpegError as error:
+    except (av.FFmpegError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be decoded after {decoded} frames: {error}") from error
     raise ValueError(f"{path} ends after {decoded} frames; frame {frames[-1]} is needed.")

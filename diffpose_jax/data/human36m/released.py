@@ -16,22 +16,26 @@ from typing import Any
 import numpy as np
 
 from diffpose_jax import extras
-from diffpose_jax.data import cameras
+from diffpose_jax.data import cameras, hdf5
 from diffpose_jax.data.human36m import sequences
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 _FIELDS = {
-    "action": (),
-    "cam": (),
-    "frame_orig": (),
-    "gt_3d": (3, NUM_JOINTS),
-    "hardsubset": (1,),
-    "heatmap": (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE),
-    "subaction": (),
-    "subject": (),
+    "action": ("S", ()),
+    "cam": ("S", ()),
+    "frame_orig": ("iu", ()),
+    "gt_3d": ("f", (3, NUM_JOINTS)),
+    "hardsubset": ("iub", (1,)),
+    "heatmap": ("f", (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)),
+    "subaction": ("S", ()),
+    "subject": ("S", ()),
 }
+"""Kinds and shapes of the columns."""
+
 _ROWS = 256
 _PIECE_ROWS = 64 * _ROWS
+_EXTRA = "human36m"
+_FARTHEST_MM = 1e6
 _TEXT = {"action", "cam", "subaction", "subject"}
 
 
@@ -51,28 +55,30 @@ def check(path: Path, division: str) -> None:
     h5py = extras.load("h5py", "human36m")
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is not an HDF5 file, or only the beginning of one.")
-    for name in sorted({_table(division, split) for split in ("train", "test")}):
-        try:
-            with h5py.File(path) as file:
-                _check_table(file.get(name), f"{path}: {name}")
-        except OSError as error:
-            raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+    with hdf5.opened(path, _EXTRA) as file:
+        for name in sorted({_table(division, split) for split in ("train", "test")}):
+            _check_table(hdf5.dataset(file, name), f"{path}: {name}")
 
 
 def _check_table(table: Any, what: str) -> None:
     if table is None or table.dtype.names is None or not len(table):
-        raise ValueError(
+        raise hdf5.Hdf5Error(
             f"{what} is missing, empty or not a table; the file must hold /dataset/trainset and "
             "/dataset/testset as the published preprocessing writes them."
         )
-    for field, shape in _FIELDS.items():
+    for field, (kinds, shape) in _FIELDS.items():
         kind = table.dtype.fields.get(field, [None])[0]
         # PyTables writes a single flag as one number or as an array of one.
         if kind is None or (kind.shape != shape and (field, kind.shape) != ("hardsubset", ())):
             found = "is missing" if kind is None else f"has shape {kind.shape}"
-            raise ValueError(f"{what}: column {field} {found}; it must have shape {shape}.")
-    # Also shows whether the compression is one that h5py knows, and whether the end is there.
-    table.fields(list(_FIELDS))[[0, len(table) - 1] if len(table) > 1 else [0]]
+            raise hdf5.Hdf5Error(f"{what}: column {field} {found}; it must have shape {shape}.")
+        if kind.base.kind not in kinds:
+            raise hdf5.Hdf5Error(f"{what}: column {field} has the wrong type, {kind.base}.")
+    try:
+        # Also shows whether the compression is one that h5py knows, and whether the end is there.
+        table.fields(list(_FIELDS))[[0, len(table) - 1] if len(table) > 1 else [0]]
+    except OSError as error:
+        raise hdf5.Hdf5Error(f"{what} cannot be read: {error}") from error
 
 
 def pieces(path: Path, division: str, split: str) -> list[range]:
@@ -86,8 +92,8 @@ def pieces(path: Path, division: str, split: str) -> list[range]:
         division: A key of `sequences.SPLITS`.
         split: "train" or "test".
     """
-    with extras.load("h5py", "human36m").File(path) as file:
-        size = len(file[_table(division, split)])
+    with hdf5.opened(path, _EXTRA) as file:
+        size = len(hdf5.dataset(file, _table(division, split)))
     step = size if division == "validation" else _PIECE_ROWS
     return [range(start, min(start + step, size)) for start in range(0, size, step)]
 
@@ -104,12 +110,21 @@ def read(path: Path, division: str, split: str, piece: range) -> Iterator[dict[s
     Yields:
         Columns of up to 256 rows: `heatmaps` (n, 16, 64, 64) float16, `pose_mm` (n, 17, 3) float32
         and `subject`, `action`, `camera`, `subaction`, `frame`, `row`, `hard` (n,).
+
+    Raises:
+        ValueError: If rows cannot be read, or hold what cannot be.
     """
-    with extras.load("h5py", "human36m").File(path) as file:
-        fields = file[_table(division, split)].fields(list(_FIELDS))
+    name = _table(division, split)
+    with hdf5.opened(path, _EXTRA) as file:
+        fields = hdf5.dataset(file, name).fields(list(_FIELDS))
         for start in range(piece.start, piece.stop, _ROWS):
             rows = fields[start : min(start + _ROWS, piece.stop)]
-            chunk = _columns(rows, np.arange(start, start + len(rows), dtype=np.int32))
+            try:
+                chunk = _columns(rows, np.arange(start, start + len(rows), dtype=np.int32))
+            except ValueError as error:
+                raise hdf5.Hdf5Error(
+                    f"{path}: {name}, rows from {start}: {str(error)[:200]}"
+                ) from error
             used = np.isin(chunk["subject"], sequences.SPLITS[division][split])
             if used.any():
                 yield {name: column[used] for name, column in chunk.items()}
@@ -121,7 +136,12 @@ def _table(division: str, split: str) -> str:
 
 def _columns(rows: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
     text = {field: np.char.decode(rows[field], "ascii") for field in _TEXT}
-    points_mm = np.float64(rows["gt_3d"]).swapaxes(1, 2)
+    # nan is refused, too
+    if not (np.abs(rows["gt_3d"]) < _FARTHEST_MM).all() or not np.isfinite(rows["heatmap"]).all():
+        raise ValueError("a pose or a heatmap is not finite, or far away")
+    if not ((rows["frame_orig"] >= 0) & (rows["frame_orig"] < 2**31)).all():
+        raise ValueError("frame_orig is no number of a frame")
+    points_mm = rows["gt_3d"].astype(np.float64).swapaxes(1, 2)
     return {
         "heatmaps": rows["heatmap"],
         "pose_mm": cameras.output_pose(points_mm).astype(np.float32),

@@ -151,7 +151,7 @@ def columns(
         "camera": np.full(count, sequence.camera),
         "frame": np.asarray(frames, np.int32),
         "row": np.asarray(rows, np.int32),
-        "pose_mm": cameras.output_pose(np.float64(points_camera_mm)).astype(np.float32),
+        "pose_mm": cameras.output_pose(np.asarray(points_camera_mm, np.float64)).astype(np.float32),
     }
 
 

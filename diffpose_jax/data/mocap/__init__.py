@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from diffpose_jax import numpy_files
 from diffpose_jax.data.mocap.asf_amc import read_amc
 from diffpose_jax.data.mocap.bvh import read_bvh
 from diffpose_jax.data.mocap.skeletons import MAPPING_FILE, to_h36m
@@ -24,6 +24,8 @@ from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, NUM_JOINTS
 
 _STATURE_MM = (1000.0, 2300.0)
 _LOWEST_FLOOR_MM = -300.0
+_FARTHEST_MM = 1e6
+_FASTEST_FPS = 1e5
 _TEST_ONE_IN = 5
 
 
@@ -64,15 +66,19 @@ def load_embedded() -> list[Clip]:
 
 def _read_npz(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
     del mapping  # such a file has the 17 joints already
+    expected = (
+        f"{path} is not a motion file: it must be written by numpy.savez with the keys "
+        "positions_mm (F, 17, 3) and fps (one number)"
+    )
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = dict(archive)
-        return content["positions_mm"], float(content["fps"].item())
-    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a motion file: it must be written by numpy.savez with the keys "
-            f"positions_mm (F, 17, 3) and fps (one number): {error}"
-        ) from error
+        content = numpy_files.read(path)
+    except ValueError as error:
+        raise ValueError(f"{expected}: {error}") from error
+    if not isinstance(content, dict) or not {"positions_mm", "fps"} <= set(content):
+        raise ValueError(expected)
+    if content["fps"].size != 1 or content["fps"].dtype.kind not in "fiu":
+        raise ValueError(f"{expected}: fps is {content['fps'].shape} {content['fps'].dtype}")
+    return content["positions_mm"], float(content["fps"].item())
 
 
 def _read_bvh(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
@@ -242,13 +248,18 @@ def _check(path: Path, positions_mm: np.ndarray, fps: float) -> None:
             f"{path}: positions_mm has shape {shape}; give (F, {NUM_JOINTS}, 3) with F > 0 and "
             f"the joints {', '.join(H36M_JOINTS)}"
         )
-    if positions_mm.dtype.kind not in "fiu" or not np.isfinite(positions_mm).all():
+    is_number = positions_mm.dtype.kind in "fiu" and np.isfinite(positions_mm).all()
+    if not is_number or np.abs(positions_mm, dtype=np.float64).max() > _FARTHEST_MM:
         raise ValueError(
-            f"{path}: positions_mm has values that are not finite numbers; remove or fill these "
-            "frames"
+            f"{path}: positions_mm has values that are not finite numbers, or are farther than a "
+            "kilometre away; remove or fill these frames"
         )
-    if not (np.isfinite(fps) and fps > 0):
-        raise ValueError(f"{path}: fps is {fps}; give the frames a second, a positive number")
+    if not 0 < fps <= _FASTEST_FPS:
+        raise ValueError(
+            f"{path}: fps is {fps}; give the frames a second, a positive number (at most "
+            f"{_FASTEST_FPS:g})"
+        )
+    positions_mm = positions_mm.astype(np.float64)
     # The bones from ankle to head add up to about the stature in any pose.
     stature = sum(
         np.median(np.linalg.norm(positions_mm[:, joint] - positions_mm[:, parent], axis=-1))

@@ -166,7 +166,8 @@ def read_amc(path: str | Path, skeleton: AcclaimSkeleton | None = None) -> Recor
             num_columns += len(bone.degrees_of_freedom)
 
     fps, in_degrees = None, skeleton.in_degrees
-    numbers, starts = array.array("d"), []
+    numbers = array.array("d")
+    starts: list[int] = []
     frame: list[float] = []
     missing: set[str] = set()
     number = 0
@@ -189,7 +190,7 @@ def read_amc(path: str | Path, skeleton: AcclaimSkeleton | None = None) -> Recor
         if name in slots and starts:
             slot = slots[name]
             if name not in missing:
-                raise error_at(path, number, f"{name} twice in one frame")
+                raise error_at(path, number, f"{name[:60]} twice in one frame")
             missing.remove(name)
             frame[slot] = parse_floats(path, number, words[1:], slot.stop - slot.start)
         elif len(words) == 1 and name.isdecimal():
@@ -278,11 +279,13 @@ def _bone(path: Path, block: dict[str, tuple[int, list[str]]], in_degrees: bool)
     name = block["name"][1][0]
     direction = parse_floats(path, *block["direction"], 3)
     (length,) = parse_floats(path, *block["length"], 1)
-    number, freedoms = block.get("dof", (start, []))
-    freedoms = tuple(token.upper() for token in freedoms)
+    number, words = block.get("dof", (start, []))
+    freedoms = tuple(token.upper() for token in words)
     if not set(freedoms) <= set(_ROTATIONS) or len(set(freedoms)) < len(freedoms):
         raise error_at(
-            path, number, f"dof of {name} may hold rx, ry and rz once each, not: {freedoms}"
+            path,
+            number,
+            f"dof of {name[:60]} may hold rx, ry and rz once each, not: {listed(freedoms)}",
         )
     axes = _axes(path, *block["axis"], in_degrees)
     return Bone(name, -1, length * np.array(direction), axes, freedoms)
@@ -320,7 +323,7 @@ def _connect(
                     raise error_at(path, number, f"there is no bone {name[:40]!r}")
             for name in names:
                 if name in placed:
-                    raise error_at(path, number, f"{name} has two parents or is the root")
+                    raise error_at(path, number, f"{name[:60]} has two parents or is the root")
                 placed.add(name)
             children.setdefault(parent, []).extend(names)
     # Every bone but the root has at most one parent, so that the walk ends.

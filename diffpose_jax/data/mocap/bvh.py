@@ -60,7 +60,7 @@ def read_bvh(path: str | Path) -> Recording:
     path = Path(path)
     lines = read_lines(path)
     joints, motion_line = _read_hierarchy(path, lines)
-    num_channels = sum(len(joint.channels) for joint in joints)
+    num_channels = sum(len(joint.channels or ()) for joint in joints)
     frame_time, numbers = _read_motion(path, lines, motion_line, num_channels)
     check_size(path, len(numbers), len(joints))
     positions, rotations = _place(joints, numbers)
@@ -110,7 +110,7 @@ def _read_hierarchy(path: Path, lines: list[str]) -> tuple[list[_Joint], int]:
             if inside is not None and inside.is_end:
                 raise error_at(path, number, f"{token} within an End Site")
             name = open_block(number)
-            if keyword == "END":
+            if inside is not None and keyword == "END":
                 name = f"{inside.name}End"
             if not name or name in names:
                 raise error_at(path, number, f"the joint name {name!r} is empty or taken")
@@ -171,7 +171,7 @@ def _read_motion(
         for number, line in enumerate(lines[motion_line:], motion_line + 1)
         if line.strip()
     ]
-    header = []
+    header: list[float] = []
     for key in ("Frames", "Frame Time"):
         number, line = rows[len(header)] if len(header) < len(rows) else (len(lines), "")
         name, _, value = line.partition(":")
@@ -202,7 +202,7 @@ def _place(joints: list[_Joint], numbers: np.ndarray) -> tuple[np.ndarray, np.nd
     rotations = np.empty((len(numbers), len(joints), 3, 3))
     column = 0
     for index, joint in enumerate(joints):
-        columns = {channel: column + k for k, channel in enumerate(joint.channels)}
+        columns = {channel: column + k for k, channel in enumerate(joint.channels or ())}
         column += len(columns)
         turns = {axis: k for (axis, kind), k in columns.items() if kind == "rotation"}
         rotation = turn_in_order(list(turns), np.radians(numbers[:, list(turns.values())]))

@@ -141,8 +141,9 @@ def humanoid_clips(wheel: Path) -> list[Clip]:
         # The file ends in a NUL byte, which no XML parser takes.
         urdf = archive.read("pybullet_data/humanoid/humanoid.urdf").rstrip(b"\0")
         offsets = {
-            joint.get("name"): np.array(joint.find("origin").get("xyz").split(), np.float64)
+            joint.attrib["name"]: np.array(origin.attrib["xyz"].split(), np.float64)
             for joint in ET.fromstring(urdf).iter("joint")
+            for origin in joint.iter("origin")
         }
         clips = []
         motions = "pybullet_data/data/motions/"

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from diffpose_jax.data.mocap.recording import Recording, listed
+from diffpose_jax.files import read_json
 from diffpose_jax.skeleton import H36M_JOINTS
 
 MAPPING_FILE = "skeleton.json"
@@ -49,7 +50,7 @@ class Landmark:
     @property
     def joints(self) -> set[str]:
         """The joints of the file that are needed."""
-        return {*self.weights, self.axes} - {""}
+        return {*self.weights} | ({self.axes} if self.axes else set())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Skeleton:
     marks: frozenset[str] = frozenset()
 
     @property
-    def joints(self) -> set[str]:
+    def joints(self) -> frozenset[str]:
         """The joints that a file of this kind has at least."""
         return self.marks.union(*(landmark.joints for landmark in self.landmarks.values()))
 
@@ -215,18 +216,19 @@ def to_h36m(
             f"have. The file has: {listed(recording.joints)}"
         )
     unit_mm, fps = recording.unit_mm or skeleton.unit_mm, recording.fps or skeleton.fps
-    for value, field in ((unit_mm, "unit_mm"), (fps, "fps")):
-        if value is None:
-            raise ValueError(f"{path} does not tell its {field}; give it in a {MAPPING_FILE}")
+    if unit_mm is None or fps is None:
+        field = "unit_mm" if unit_mm is None else "fps"
+        raise ValueError(f"{path} does not tell its {field}; give it in a {MAPPING_FILE}")
     frames = slice(skeleton.skip_frames, None, skeleton.stride)
     index = {name: column for column, name in enumerate(recording.joints)}
     points = []
     for name in H36M_JOINTS:
         landmark = skeleton.landmarks[name]
-        point = sum(
+        weighted = (
             weight * unit_mm * recording.positions[frames, index[joint]]
             for joint, weight in landmark.weights.items()
         )
+        point = sum(weighted, np.zeros(3))
         if landmark.axes:
             rotation = recording.rotations[frames, index[landmark.axes]]
             point = point + rotation @ np.array(landmark.offset_mm)
@@ -244,10 +246,7 @@ def _apply_mapping(
     path: Path, skeleton: Skeleton | None, recording: Recording
 ) -> tuple[Skeleton | None, Recording]:
     """Lets the fields of a mapping file overrule the file and the known skeleton."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+    content = read_json(path)
     known = {"joints", "unit_mm", "up", "fps", "skip_frames", "stride"}
     if not isinstance(content, dict) or not set(content) <= known:
         raise ValueError(
@@ -270,11 +269,13 @@ def _apply_mapping(
         if "up" not in content:
             raise ValueError(f"{path}: a file with joints must also say which axis is up")
         skeleton = Skeleton(str(path), _landmarks(path, content["joints"]), None, content["up"])
-    recording = dataclasses.replace(
-        recording,
-        **{field: float(content[field]) for field in ("unit_mm", "fps") if field in content},
+    of_recording: dict[str, Any] = {
+        field: float(content[field]) for field in ("unit_mm", "fps") if field in content
+    }
+    return (
+        skeleton and dataclasses.replace(skeleton, **changes),
+        dataclasses.replace(recording, **of_recording),
     )
-    return skeleton and dataclasses.replace(skeleton, **changes), recording
 
 
 def _landmarks(path: Path, joints: Any) -> dict[str, Landmark]:
@@ -299,11 +300,13 @@ def _landmark(path: Path, name: str, source: Any) -> Landmark:
         if (
             set(source) <= {"joint", "offset_mm", "axes"}
             and isinstance(axes, str)
+            and axes
             and isinstance(offset_mm, list)
             and len(offset_mm) == 3
             and all(_is_number(value, float, -1e6) for value in offset_mm)
         ):
-            return _one(joint, tuple(map(float, offset_mm)), axes)
+            x, y, z = map(float, offset_mm)
+            return _one(joint, (x, y, z), axes)
     elif isinstance(source, dict) and all(_is_number(w, float, -1e6) for w in source.values()):
         if abs(sum(source.values()) - 1) < 1e-6:
             return Landmark({joint: float(weight) for joint, weight in source.items()})

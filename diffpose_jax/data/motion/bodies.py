@@ -31,7 +31,9 @@ _STATURE_JOINTS = [
 _PARTS = tuple(
     (
         [H36M_JOINTS.index(name) for name in names],
-        *(H36M_JOINTS.index(name) for name in (root, right, left)),
+        H36M_JOINTS.index(root),
+        H36M_JOINTS.index(right),
+        H36M_JOINTS.index(left),
     )
     for names, root, right, left in (
         (H36M_JOINTS[7:], "Hip", "RHip", "LHip"),
@@ -93,7 +95,7 @@ def exchange_parts(
         turn = _heading(positions_mm, right, left) - _heading(donors, right, left)
         part = _turned(donors[:, joints] - donors[:, [root]], turn) + positions_mm[:, [root]]
         chosen = np.flatnonzero(rng.random(len(positions_mm)) < chance)
-        positions_mm[np.ix_(chosen, joints)] = part[chosen]
+        positions_mm[chosen[:, None], joints] = part[chosen]
     return positions_mm
 
 

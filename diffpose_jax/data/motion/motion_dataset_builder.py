@@ -249,7 +249,7 @@ class Motion(tfds.core.GeneratorBasedBuilder):
             description="Motion capture seen by simulated cameras and a simulated detector.",
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
         del dl_manager
         config = self.builder_config
         if config.source == EMBEDDED:
@@ -333,24 +333,33 @@ def _disturb(rng: np.random.Generator, crop: cameras.Crop, config: CropConfig) -
     return cameras.Crop(np.round(centre - side[:, None] / 2), side)
 
 
-def prepare(config: ml_collections.ConfigDict, data_dir: str | Path) -> Motion:
+def prepare(config: ml_collections.ConfigDict, data_dir: str | Path | None = None) -> Motion:
     """Gives the builder of a configuration, after writing its data set if that is not there yet.
+
+    A second process that prepares the same waits for the first.
 
     Args:
         config: See `builder_config`.
-        data_dir: Folder of all data sets.
+        data_dir: Folder of all data sets; default: that of TFDS.
 
     Returns:
         The prepared builder, for `read_all` or `as_data_source`.
 
     Raises:
         ValueError, FileNotFoundError: See `builder_config` and `mocap.read_folder`.
+        OSError: If it cannot be written, as on a full disk.
     """
     made = builder_config(config)
+
+    def builder() -> Motion:
+        return Motion(config=made, data_dir=data_dir, file_format="array_record")
+
     with detections.quiet_tfds():
-        builder = Motion(config=made, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-    return builder
+        folder = Path(builder().data_dir)
+    with detections.preparing(folder):
+        prepared = builder()  # it looks for its data set now that it is its turn
+        prepared.download_and_prepare()
+    return prepared
 
 
 def read_all(builder: Motion, split: str) -> dict[str, np.ndarray]:

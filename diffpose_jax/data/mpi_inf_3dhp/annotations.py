@@ -9,13 +9,14 @@ z forward, millimetres) and pixels of the image; there is one person.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
 import numpy as np
 
 from diffpose_jax import extras
-from diffpose_jax.data import cameras
+from diffpose_jax.data import cameras, hdf5
 
 SCENES: dict[str, str] = {
     "TS1": "green_screen",
@@ -48,6 +49,7 @@ _SHAPES = {
     "activity_annotation": (1,),
 }
 _NAMED = 10
+_FARTHEST = 1e6  # millimetres, and pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,18 +128,21 @@ def _read(folder: Path, annotation: str) -> Recording:
         columns[name][valid][:, 0, list(TO_H36M)].astype(np.float64)
         for name in ("annot2", annotation)
     )
-    finite = np.isfinite(keypoints).all((1, 2)) & np.isfinite(points).all((1, 2))
-    if not finite.all():
+    activity = columns["activity_annotation"][valid, 0]
+    is_good = (activity >= 0) & (activity < 256)
+    for values in (keypoints, points):
+        is_good &= (np.abs(values) < _FARTHEST).all((1, 2))  # nan is refused, too
+    if not is_good.all():
         raise ValueError(
-            f"{path}: annot2 or {annotation} is not finite in valid frames, images of number "
-            f"{_shortened(list(valid[~finite] + 1))}."
+            f"{path}: annot2, {annotation} or activity_annotation is not finite in valid frames,"
+            f" or far too large, images of number {_shortened(list(valid[~is_good] + 1))}."
         )
     return Recording(
         subject=folder.name,
         scene=SCENES[folder.name],
-        images=tuple(images[number] for number in valid + 1),
+        images=tuple(images[number] for number in (valid + 1).tolist()),
         frame=(valid + 1).astype(np.int32),
-        activity=columns["activity_annotation"][valid, 0].astype(np.int32),
+        activity=activity.astype(np.int32),
         keypoints_px=keypoints,
         pose_mm=cameras.output_pose(points).astype(np.float32),
     )
@@ -153,22 +158,23 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
             old = file.read(10) == b"MATLAB 5.0"
         hint = " but a MATLAB version 5 file; save it with -v7.3" if old else ""
         raise ValueError(f"{path} is not HDF5 (MATLAB version 7.3), as the data set has it{hint}.")
-    try:
-        with h5py.File(path, "r") as file:
-            for name in _SHAPES:
-                if not isinstance(file.get(name), h5py.Dataset):
-                    raise ValueError(f"{path} has no array {name}; it has {', '.join(file)}.")
-            columns = {name: file[name][()] for name in _SHAPES}
-    except OSError as error:
-        raise ValueError(f"{path} is damaged, get it anew: {error}") from error
-    frames = len(columns["valid_frame"])
-    for name, shape in _SHAPES.items():
-        if columns[name].shape != (frames, *shape):
-            raise ValueError(
-                f"{path}: {name} is {columns[name].shape}; {len(JOINTS)} joints in {frames} "
-                f"frames (as in valid_frame) are {(frames, *shape)}."
-            )
-    return columns
+    with hdf5.opened(path, "mpi_inf_3dhp") as file:
+        found = {name: hdf5.dataset(file, name) for name in _SHAPES}
+        for name, array in found.items():
+            if array is None or array.dtype.kind not in "fiu":
+                raise hdf5.Hdf5Error(
+                    f"{path} has no array {name}; it has {', '.join(itertools.islice(file, 20))}."
+                )
+        # A frame without an axis: the comparison of the shapes tells.
+        frames = found["valid_frame"].shape[:1]
+        for name, shape in _SHAPES.items():
+            if found[name].shape != (*frames, *shape):
+                raise hdf5.Hdf5Error(
+                    f"{path}: {name} is {found[name].shape}; {len(JOINTS)} joints in"
+                    f" {', '.join(map(str, frames))} frames (as in valid_frame) are"
+                    f" {(*frames, *shape)}."
+                )
+        return {name: array[()] for name, array in found.items()}
 
 
 def _find_images(folder: Path) -> dict[int, Path]:

@@ -10,12 +10,11 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from tqdm import tqdm
 
 from diffpose_jax import pictures
 from diffpose_jax.data import cameras, detections
-from diffpose_jax.data.mpi_inf_3dhp import annotations
+from diffpose_jax.data.mpi_inf_3dhp import annotations as annotations_lib
 from diffpose_jax.data.mpi_inf_3dhp.annotations import Recording
 from diffpose_jax.detectors import crops
 
@@ -32,7 +31,7 @@ class MpiInf3dhpConfig(detections.DetectionsConfig):
         input_px: Side of the crops that the detector reads.
     """
 
-    annotation: str = annotations.ANNOTATIONS[0]
+    annotation: str = annotations_lib.ANNOTATIONS[0]
     input_px: int = 256
 
 
@@ -64,10 +63,10 @@ def builder_config(
     if unknown := sorted(set(config) - set(fields)):
         raise ValueError(f"data.{unknown[0]} is unknown; data has {', '.join(fields)}.")
     fields |= config.to_dict()
-    if fields["annotation"] not in annotations.ANNOTATIONS:
+    if fields["annotation"] not in annotations_lib.ANNOTATIONS:
         raise ValueError(
             f"data.annotation is {fields['annotation']!r}; it must be one of "
-            f"{', '.join(annotations.ANNOTATIONS)}."
+            f"{', '.join(annotations_lib.ANNOTATIONS)}."
         )
     made = MpiInf3dhpConfig(
         name="", detector=detector.fingerprint, input_px=detector.input_px, **fields
@@ -118,11 +117,7 @@ class MpiInf3dhp(detections.DetectionsBuilder):
             corners_px, sides_px = cameras.square_crop(recording.keypoints_px)
             parts = zip(recording.images, corners_px, corners_px + sides_px[:, None], strict=True)
             for path, low, high in parts:
-                try:
-                    with Image.open(path) as image:
-                        size = np.array(image.size)
-                except OSError as error:
-                    raise ValueError(f"{path} cannot be read as an image: {error}") from error
+                size = np.array(pictures.size(path))
                 if (high <= 0).any() or (low >= size).any():
                     raise ValueError(
                         f"{path} is {size[0]} x {size[1]} px, and its annotated person lies outside"
@@ -139,7 +134,7 @@ class MpiInf3dhp(detections.DetectionsBuilder):
         ]
 
     def _recordings(self) -> list[Recording]:
-        return annotations.read_all(self._source, self.builder_config.annotation)
+        return annotations_lib.read_all(self._source, self.builder_config.annotation)
 
 
 def _read(recording: Recording, input_px: int) -> Iterator[dict[str, np.ndarray]]:
@@ -147,7 +142,7 @@ def _read(recording: Recording, input_px: int) -> Iterator[dict[str, np.ndarray]
     for start in range(0, len(recording), _FRAMES):
         here = slice(start, start + _FRAMES)
         parts = zip(recording.images[here], *(column[here] for column in squares), strict=True)
-        images = np.stack([_cut(*part, input_px) for part in parts])
+        images = np.stack([_cut(input_px, *part) for part in parts])
         yield {
             "crops": images,
             "pose_mm": recording.pose_mm[here],
@@ -158,7 +153,7 @@ def _read(recording: Recording, input_px: int) -> Iterator[dict[str, np.ndarray]
         }
 
 
-def _cut(path: Path, corner_px: np.ndarray, side_px: float, input_px: int) -> np.ndarray:
+def _cut(input_px: int, path: Path, corner_px: np.ndarray, side_px: float) -> np.ndarray:
     return crops.square_crop_image(pictures.read(path), corner_px, side_px, input_px)
 
 
