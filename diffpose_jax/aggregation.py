@@ -8,7 +8,6 @@ millimetres, hip-centred, y up, in Human3.6M joint order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import struct
 
 from diffpose_jax import heatmaps as heatmaps_lib
 from diffpose_jax.checkpoints import CheckpointError
-from diffpose_jax.files import write_json
+from diffpose_jax.files import read_json, write_json
 from diffpose_jax.metrics import joint_errors
 from diffpose_jax.skeleton import HEATMAP_SIZE, MPII_TO_H36M, NUM_HEATMAPS, NUM_JOINTS
 
@@ -269,7 +269,8 @@ def _sum_over_others(
 
     def add_shift(shift: jax.Array, total: jax.Array) -> jax.Array:
         there = [jax.lax.dynamic_slice_in_dim(x, shift, M, axis=-1) for x in around]
-        pairs = of_squares(sum((a - b) ** 2 for a, b in zip(here, there, strict=True)))
+        squares = ((a - b) ** 2 for a, b in zip(here, there, strict=True))
+        pairs = of_squares(sum(squares, jnp.zeros(())))
         twice = jnp.concatenate([pairs, pairs], axis=-1)
         from_there = jax.lax.dynamic_slice_in_dim(twice, M - shift, M, axis=-1)
         # Half-way around, the shift meets every pair from both sides.
@@ -509,7 +510,7 @@ def held_out_coverage(
     for label in labels:
         out = groups == label
         fitted = fit_calibration(distances_mm[~out], radii_mm[~out], level, groups[~out])
-        rows.append(coverage(distances_mm[out], fitted.apply(radii_mm[out])))
+        rows.append(coverage(distances_mm[out], np.asarray(fitted.apply(radii_mm[out]))))
     return np.stack(rows)
 
 
@@ -530,36 +531,95 @@ def from_json(content: dict[str, Any]) -> Calibration:
     Raises:
         ValueError: if the content is not that of a calibration.
     """
-    try:
-        calibration = Calibration(**{**content, "factor": np.float32(content["factor"])})
-        _check_level(calibration.level)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"this is no calibration: {error}") from error
-    factor = calibration.factor
-    if factor.shape != (NUM_JOINTS,) or not np.all(np.isfinite(factor) & (factor >= 0)):
+    if not isinstance(content, dict) or set(content) != {*_NUMBERS, "factor"}:
+        raise ValueError(
+            f"this is no calibration: it must hold factor, {', '.join(_NUMBERS)}, not"
+            f" {', '.join(map(str, content))[:300] if isinstance(content, dict) else 'no fields'}"
+        )
+    for name, kinds in _NUMBERS.items():
+        if not _is_number(content[name], kinds):
+            raise ValueError(
+                f"this is no calibration: {name} must be a finite number of at least 0, not"
+                f" {str(content[name])[:100]}"
+            )
+    factor = content["factor"]
+    is_list = isinstance(factor, list) and len(factor) == NUM_JOINTS
+    if not is_list or not all(_is_number(value, (int, float)) for value in factor):
         raise ValueError(
             f"this is no calibration: it needs {NUM_JOINTS} finite factors of at least 0, not"
-            f" {factor.tolist()}"
+            f" {str(factor)[:500]}"
         )
-    return calibration
+    try:
+        _check_level(content["level"])
+    except ValueError as error:
+        raise ValueError(f"this is no calibration: {error}") from error
+    return Calibration(**content | {"factor": np.float32(factor)})
+
+
+_NUMBERS = {
+    "level": (int, float),
+    "floor_mm": (int, float),
+    "num_frames": (int,),
+    "num_groups": (int,),
+}
+
+
+def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and 0 <= value < 1e12  # nan is none, too
 
 
 CALIBRATIONS = "calibration.json"
 """The file in a model's folder with its calibrations, by the method that they belong to."""
 
 
-def write_calibration(folder: str | Path, method: str, calibration: Calibration) -> None:
-    """Writes a calibration beside a model, in place of an earlier one of the same method."""
+_FITTED_ON = "fitted_on"
+
+
+def is_as_fitted(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> bool:
+    """Whether what a file was fitted on is what is wanted; warns of what differs.
+
+    Args:
+        path: the file, for the warning.
+        found: what the file says, None if it does not.
+        wanted: what it must be, None for anything.
+    """
+    if found is None or wanted is None or found == wanted:
+        return True
+    differing = ", ".join(
+        f"{name} is {wanted.get(name)}, was {found.get(name)}"
+        for name in found | wanted
+        if found.get(name) != wanted.get(name)
+    )
+    logging.warning("%s was fitted under other conditions (%s): it is fitted anew", path, differing)
+    return False
+
+
+def write_calibration(
+    folder: str | Path, method: str, calibration: Calibration, fitted_on: dict[str, Any]
+) -> None:
+    """Writes a calibration beside a model, in place of an earlier one of the same method.
+
+    Args:
+        folder: the model's.
+        method: one of `METHODS`.
+        calibration: the calibration.
+        fitted_on: what it depends on, for `read_calibration`.
+    """
     content = _read_calibrations(Path(folder) / CALIBRATIONS)
-    write_json(Path(folder) / CALIBRATIONS, content | {method: to_json(calibration)})
+    written = to_json(calibration) | {_FITTED_ON: fitted_on}
+    write_json(Path(folder) / CALIBRATIONS, content | {method: written})
 
 
-def read_calibration(checkpoint: str | Path, method: str) -> Calibration | None:
+def read_calibration(
+    checkpoint: str | Path, method: str, fitted_on: dict[str, Any] | None = None
+) -> Calibration | None:
     """Reads a model's calibration of a method, None if it has none.
 
     Args:
         checkpoint: the model's folder: a run, a step of one, or an export.
         method: one of `METHODS`.
+        fitted_on: what it must have been fitted on, or it counts as none, with a warning; None
+            for anything, as does a calibration that does not say.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -570,9 +630,15 @@ def read_calibration(checkpoint: str | Path, method: str) -> Calibration | None:
         content = _read_calibrations(path)
         if method in content:
             try:
-                return from_json(content[method])
-            except ValueError as error:
+                found = dict(content[method])
+                was_fitted_on = found.pop(_FITTED_ON, None)
+                if not isinstance(was_fitted_on, dict | None):
+                    raise TypeError(f"{_FITTED_ON} holds no fields")
+                calibration = from_json(found)
+            except (TypeError, ValueError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
+            if is_as_fitted(path, was_fitted_on, fitted_on):
+                return calibration
     return None
 
 
@@ -580,7 +646,7 @@ def _read_calibrations(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
     if not isinstance(content, dict):

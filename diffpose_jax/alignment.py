@@ -65,11 +65,12 @@ def _nearest_rotation(matrix: jax.Array) -> jax.Array:
     Returns:
         (3, 3, ...) rotations.
     """
+    Columns = tuple[list[jax.Array], list[jax.Array]]
     basis = jnp.broadcast_to(
         jnp.eye(3, dtype=matrix.dtype).reshape((3, 3) + (1,) * (matrix.ndim - 2)), matrix.shape
     )
 
-    def sweep(_: int, state: tuple[list[jax.Array], list[jax.Array]]) -> tuple:
+    def sweep(_: int, state: Columns) -> Columns:
         columns, right = list(state[0]), list(state[1])
         for p, q in ((0, 1), (0, 2), (1, 2)):
             # A quarter turn first where the later column is the longer one.

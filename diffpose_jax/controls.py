@@ -11,19 +11,27 @@ A model of the pose distribution is worth its cost where it beats the third.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import io
+import json
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import serialization, struct
+from flax import serialization, struct, traverse_util
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
+from diffpose_jax import numpy_files
+from diffpose_jax.checkpoints import CheckpointError
+from diffpose_jax.files import write_whole
 from diffpose_jax.skeleton import NUM_HEATMAPS, NUM_JOINTS
 
 _STEPS_PER_DISPATCH = 100
+_FITTED_ON = "fitted_on"
 
 
 class RegressionNetwork(nn.Module):
@@ -113,7 +121,7 @@ class Controls:
 
 
 def fit_controls(
-    key: jax.Array, inputs: jax.Array, poses_mm: jax.Array, **settings: Any
+    key: jax.Array, inputs: ArrayLike, poses_mm: ArrayLike, **settings: Any
 ) -> Controls:
     """Fits all three controls on a training set.
 
@@ -138,8 +146,8 @@ def fit_controls(
 
 def fit_regression(
     key: jax.Array,
-    inputs: jax.Array,
-    poses_mm: jax.Array,
+    inputs: ArrayLike,
+    poses_mm: ArrayLike,
     *,
     steps: int = 20_000,
     batch_size: int = 64,
@@ -206,7 +214,7 @@ def fit_regression(
 def _train(
     first: int,
     last: int,
-    state: tuple,
+    state: tuple[Any, ...],
     x: jax.Array,
     y: jax.Array,
     batch_key: jax.Array,
@@ -216,12 +224,12 @@ def _train(
     num_steps: int,
     batch_size: int,
     learning_rate: float,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Steps `first` to `last` of `num_steps` on (params, batch_stats, optimizer state, loss)."""
     network = RegressionNetwork(width)
     optimizer = _optimizer(learning_rate, num_steps)
 
-    def step(i: jax.Array, state: tuple) -> tuple:
+    def step(i: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         params, batch_stats, optimizer_state, _ = state
         rows = jax.random.randint(jax.random.fold_in(batch_key, i), (batch_size,), 0, len(x))
 
@@ -249,7 +257,7 @@ def _optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransforma
 
 def _mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over the frames; 1 where nothing varies."""
-    mean = np.mean(values, axis=0, dtype=np.float64)
+    mean = np.asarray(np.mean(values, axis=0, dtype=np.float64))
     std = np.std(values, axis=0, dtype=np.float64)
     return mean.astype(np.float32), np.where(std > 1e-6, std, 1).astype(np.float32)
 
@@ -267,12 +275,13 @@ def predict(regression: RegressionParams, inputs: jax.Array) -> jax.Array:
     B = inputs.shape[0]
     width = regression.variables["params"]["Dense_0"]["kernel"].shape[1]
     x = (inputs - regression.input_mean[None]) / regression.input_std[None]
-    y = RegressionNetwork(width).apply(regression.variables, x.reshape(B, -1), train=False)
+    network = RegressionNetwork(width)
+    y = cast(jax.Array, network.apply(regression.variables, x.reshape(B, -1), train=False))
     joints = y.reshape(B, NUM_JOINTS - 1, 3) * regression.pose_std_mm[None]
     return _with_hip(joints + regression.pose_mean_mm[None])
 
 
-def fit_gaussian(residuals_mm: jax.Array) -> GaussianParams:
+def fit_gaussian(residuals_mm: ArrayLike) -> GaussianParams:
     """Fits the covariance of the residuals, of all joints and axes jointly.
 
     The maximum-likelihood covariance of a Gaussian whose mean is the prediction: the second
@@ -328,13 +337,37 @@ def _with_hip(joints: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.zeros_like(joints[..., :1, :]), joints], axis=-2)
 
 
-def to_tree(controls: Controls) -> dict[str, Any]:
-    """Nested dictionaries of arrays, to save."""
-    return serialization.to_state_dict(controls)
+def save(path: str | Path, controls: Controls, fitted_on: dict[str, Any]) -> None:
+    """Writes controls as a file of arrays (.npz), whose check sums `load` sees to.
+
+    Args:
+        path: where to.
+        controls: the controls.
+        fitted_on: plain values that they depend on.
+    """
+    contents: dict[str, Any] = {_FITTED_ON: json.dumps(fitted_on)}
+    contents |= traverse_util.flatten_dict(serialization.to_state_dict(controls), sep="/")
+    file = io.BytesIO()
+    np.savez(file, **contents)
+    write_whole(path, file.getvalue())
+
+
+def load(path: str | Path) -> tuple[Controls, dict[str, Any]]:
+    """Reads what `save` wrote: the controls, and what they were fitted on.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    try:
+        arrays = dict(numpy_files.read(path))
+        fitted_on = dict(json.loads(str(arrays.pop(_FITTED_ON))))
+        return from_tree(traverse_util.unflatten_dict(arrays, sep="/")), fitted_on
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
 
 
 def from_tree(tree: dict[str, Any]) -> Controls:
-    """The inverse of `to_tree`.
+    """Controls from nested dictionaries of arrays.
 
     Raises:
         ValueError: if the tree is not one of controls.

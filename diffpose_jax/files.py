@@ -17,16 +17,56 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
 
     Returns:
       The path.
+
+    Raises:
+      OSError: names the file, for a full disk or a folder that cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        sync(path.parent)
+    except OSError as error:  # that of a write does not say of which file
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
     return path
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk.
+
+    A rename outlives a power failure when the file was synced before and its folder after it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FileError(ValueError):
+    """A file is damaged or holds something else than it should; the message names it."""
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      FileError: if it is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # the latter if it is nested too deep
+        raise FileError(f"{path} is no JSON file, or damaged: {error}") from error
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:

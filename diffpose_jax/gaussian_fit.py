@@ -156,7 +156,7 @@ def _start(heatmaps: jax.Array) -> jax.Array:
 
 
 def _fit_chunk(
-    parameters: jax.Array, done: jax.Array, heatmaps: jax.Array, iterations: jax.Array
+    iterations: jax.Array, parameters: jax.Array, done: jax.Array, heatmaps: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Improves parameters (N, 6) where not done (N,), until all are or for some iterations."""
     state = _State(
@@ -190,7 +190,7 @@ def _fit(heatmaps: jax.Array) -> GaussianFit:
         chunks = jax.tree.map(
             lambda leaf: leaf[order].reshape(-1, _CHUNK, *leaf.shape[1:]), (*carry, scaled)
         )
-        improved = jax.lax.map(lambda chunk: _fit_chunk(*chunk, iterations), chunks)
+        improved = jax.lax.map(lambda chunk: _fit_chunk(iterations, *chunk), chunks)
         back = jnp.argsort(order)
         parameters, done = (leaf.reshape(-1, *leaf.shape[2:])[back] for leaf in improved)
         return (parameters, done), None

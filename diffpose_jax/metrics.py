@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from diffpose_jax.alignment import procrustes_align
 from diffpose_jax.skeleton import (
@@ -209,9 +210,9 @@ def calibration(hypotheses_mm: jax.Array, truth_mm: jax.Array) -> tuple[jax.Arra
     gap = jnp.where(num_closer < M, above - below, 0)
 
     position = ECE_LEVELS * (M - 1)
-    rank = np.floor(position + 1e-9)
-    fraction = jnp.asarray(position - rank, distance.dtype)[None, :, None]
-    rank = jnp.asarray(rank, num_closer.dtype)[None, :, None]
+    floor = np.floor(position + 1e-9)
+    fraction = jnp.asarray(position - floor, distance.dtype)[None, :, None]
+    rank = jnp.asarray(floor, num_closer.dtype)[None, :, None]
     quantile = below[:, None] + fraction * gap[:, None]
     within = (num_closer[:, None] <= rank) | (
         (num_closer[:, None] == rank + 1) & (quantile > truth_distance[:, None])
@@ -358,8 +359,8 @@ class MetricSums:
         num_hypotheses: M, the same for all that is merged.
     """
 
-    frames: jax.Array
-    sums: dict[str, jax.Array]
+    frames: ArrayLike
+    sums: dict[str, ArrayLike]
     num_hypotheses: int = struct.field(pytree_node=False)
 
     @classmethod
@@ -437,14 +438,16 @@ class MetricSums:
         Raises:
             ValueError: if no frame has been counted.
         """
-        frames = float(self.frames)
+        frames = float(np.asarray(self.frames))
         if frames <= 0:
             raise ValueError(
                 "MetricSums.finalize: no frames were counted (all weights are 0); "
                 "check the subset and the padding mask."
             )
         means = {name: np.asarray(total, np.float64) / frames for name, total in self.sums.items()}
-        results = {name: float(mean) for name, mean in means.items() if mean.ndim == 0}
+        results: dict[str, float | dict[int, float]] = {
+            name: float(mean) for name, mean in means.items() if mean.ndim == 0
+        }
         if self.num_hypotheses > 1:
             sizes = best_at_sizes(self.num_hypotheses)
             best_at = zip(sizes, means["mpjpe_best_at"].tolist(), strict=True)

@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,7 +76,7 @@ _MPII_COLOURS = tuple(_H36M_COLOURS[joint] for joint in MPII_TO_H36M)
 _INK = "#1a1a1a"
 _MUTED = "#5c5c5c"
 _FAINT = "#d9d9d9"
-_CASING = (Stroke(linewidth=4.2, foreground="white"), Normal())
+_CASING = [Stroke(linewidth=4.2, foreground="white"), Normal()]
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#c9ccd1", "#6f757e", "#33373d"])
 
 
@@ -92,8 +92,8 @@ class ChosenPose:
         meaning: What the radius means, in words.
     """
 
-    pose_mm: ArrayLike
-    radius_mm: ArrayLike
+    pose_mm: np.ndarray
+    radius_mm: np.ndarray
     level: float
     method: str
     meaning: str
@@ -219,11 +219,11 @@ def plot_heatmap_grid(
         ValueError: An array has the wrong shape or holds values that are not finite.
     """
     heatmaps = checked_array("heatmaps", heatmaps, (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE))
+    candidates = None
     if candidates_xy is not None:
-        candidates_xy = checked_array("candidates_xy", candidates_xy, (None, NUM_HEATMAPS, 2))
-        if likelihood is None:
-            likelihood = np.ones(candidates_xy.shape[:2])
-        likelihood = checked_array("likelihood", likelihood, (len(candidates_xy), NUM_HEATMAPS))
+        xy = checked_array("candidates_xy", candidates_xy, (None, NUM_HEATMAPS, 2))
+        heights = np.ones(xy.shape[:2]) if likelihood is None else likelihood
+        candidates = xy, checked_array("likelihood", heights, (len(xy), NUM_HEATMAPS))
 
     size, gap_x, gap_y, top = 1.9, 0.15, 0.32, 0.45
     figure = _figure(4 * size + 5 * gap_x, top + 4 * (size + gap_y) - 0.1)
@@ -232,9 +232,9 @@ def plot_heatmap_grid(
         bottom = (3 - row) * (size + gap_y) + gap_x
         axes = _add_axes(figure, gap_x + column * (size + gap_x), bottom, size, size)
         _draw_heatmap(axes, heatmap)
-        if candidates_xy is not None:
-            points = candidates_xy[:, joint]
-            _draw_candidates(axes, points, likelihood[:, joint], _MPII_COLOURS[joint], 30.0)
+        if candidates is not None:
+            xy, heights = (of_joints[:, joint] for of_joints in candidates)
+            _draw_candidates(axes, xy, heights, _MPII_COLOURS[joint], 30.0)
         axes.set_title(MPII_JOINTS[joint], loc="left", fontsize=8.5, color=_INK, pad=3)
         axes.set_title(f"peak {heatmap.max():.2g}", loc="right", fontsize=7.5, color=_MUTED, pad=3)
         for spine in axes.spines.values():
@@ -294,7 +294,7 @@ def plot_min_mpjpe(
     return figure
 
 
-def min_mpjpe_curves(results: Mapping) -> dict[str, dict[int, float]]:
+def min_mpjpe_curves(results: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     """Takes the curves of `plot_min_mpjpe` out of the content of a results.json.
 
     Args:
@@ -319,7 +319,7 @@ def min_mpjpe_curves(results: Mapping) -> dict[str, dict[int, float]]:
     return curves
 
 
-def plot_loss(steps: Sequence[float] | NDArray, losses: Sequence[float] | NDArray) -> Figure:
+def plot_loss(steps: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray) -> Figure:
     """Shows the training loss on a logarithmic axis, with its running median.
 
     Args:
@@ -444,7 +444,7 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     return write_whole(path, figure_bytes(figure, path.suffix.lstrip(".") or "png", dpi))
 
 
-def checked_array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -> NDArray:
+def checked_array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -> np.ndarray:
     """Gives values as a float64 array, once they are fit to be drawn.
 
     Args:
@@ -473,9 +473,9 @@ def checked_array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -
 
 def _draw_evidence(
     axes: Axes,
-    heatmaps: NDArray,
-    candidates_xy: NDArray,
-    likelihood: NDArray,
+    heatmaps: np.ndarray,
+    candidates_xy: np.ndarray,
+    likelihood: np.ndarray,
     crop: NDArray[np.uint8] | None,
 ) -> None:
     """The picture, or the maximum of the heatmaps; candidates, and the skeleton of the argmax."""
@@ -488,17 +488,18 @@ def _draw_evidence(
         axes.set(xlim=(0, HEATMAP_SIZE), ylim=(HEATMAP_SIZE, 0), xticks=[], yticks=[])
     cells = heatmaps.reshape(NUM_HEATMAPS, -1).argmax(axis=-1)
     argmax = np.stack([cells % HEATMAP_SIZE, cells // HEATMAP_SIZE], axis=-1)
-    bones = LineCollection(argmax[list(MPII_BONES)], colors=_INK, linewidths=1.6, zorder=3)
+    bones = LineCollection(list(argmax[list(MPII_BONES)]), colors=_INK, linewidths=1.6, zorder=3)
     bones.set_path_effects([Stroke(linewidth=3.2, foreground="white"), Normal()])
     axes.add_collection(bones)
     for joint, colour in enumerate(_MPII_COLOURS):
         _draw_candidates(axes, candidates_xy[:, joint], likelihood[:, joint], colour, 34.0)
-    axes.scatter(*argmax.T, s=26, c=_MPII_COLOURS, edgecolors=_INK, linewidths=1.1, zorder=5)
+    x, y = argmax.T
+    axes.scatter(x, y, s=26, c=_MPII_COLOURS, edgecolors=_INK, linewidths=1.1, zorder=5)
     for spine in axes.spines.values():
         spine.set(visible=True, color=_FAINT)
 
 
-def _draw_heatmap(axes: Axes, heatmap: NDArray) -> None:
+def _draw_heatmap(axes: Axes, heatmap: np.ndarray) -> None:
     _style(axes)
     # The square root lifts second peaks of a tenth of the height out of the background.
     norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(heatmap.max()), 1e-12), clip=True)
@@ -508,13 +509,15 @@ def _draw_heatmap(axes: Axes, heatmap: NDArray) -> None:
 
 
 def _draw_candidates(
-    axes: Axes, points_xy: NDArray, likelihood: NDArray, colour: str, largest: float
+    axes: Axes, points_xy: np.ndarray, likelihood: np.ndarray, colour: str, largest: float
 ) -> None:
     """Candidates in grid coordinates; the area grows with the likelihood."""
     half = HEATMAP_SIZE / 2
     share = np.clip(likelihood, 0, None) / max(float(likelihood.max()), 1e-12)
+    x, y = (half + half * points_xy).T
     axes.scatter(
-        *(half + half * points_xy).T,
+        x,
+        y,
         s=4.0 + largest * share,
         c=colour,
         alpha=0.75,
@@ -524,7 +527,7 @@ def _draw_candidates(
     )
 
 
-def _draw_poses(axes: Axes, hypotheses: NDArray, strong: NDArray) -> None:
+def _draw_poses(axes: Axes, hypotheses: np.ndarray, strong: np.ndarray) -> None:
     """Hypotheses (M, 17, 2) thin and translucent, one pose (17, 2) strong in front."""
     _style(axes, grid="both")
     axes.set_aspect("equal")
@@ -533,26 +536,27 @@ def _draw_poses(axes: Axes, hypotheses: NDArray, strong: NDArray) -> None:
     bones = list(H36M_BONES)
     axes.add_collection(
         LineCollection(
-            hypotheses[:, bones].reshape(-1, 2, 2),
+            list(hypotheses[:, bones].reshape(-1, 2, 2)),
             colors=[_H36M_COLOURS[child] for _, child in bones] * count,
             linewidths=0.7,
             alpha=alpha,
             zorder=2,
         )
     )
-    truth = LineCollection(strong[bones], colors=_INK, linewidths=2.3, zorder=4)
+    truth = LineCollection(list(strong[bones]), colors=_INK, linewidths=2.3, zorder=4)
     truth.set_capstyle("round")
     truth.set_path_effects(_CASING)
     axes.add_collection(truth)
-    axes.scatter(*strong.T, s=24, c=_H36M_COLOURS, edgecolors=_INK, linewidths=1.0, zorder=5)
+    x, y = strong.T
+    axes.scatter(x, y, s=24, c=_H36M_COLOURS, edgecolors=_INK, linewidths=1.0, zorder=5)
     axes.locator_params(nbins=5)
 
 
 def _draw_spread(
     axes: Axes,
-    hypotheses_mm: NDArray,
-    mean_mm: NDArray,
-    truth_mm: NDArray | None,
+    hypotheses_mm: np.ndarray,
+    mean_mm: np.ndarray,
+    truth_mm: np.ndarray | None,
     chosen: ChosenPose | None,
 ) -> None:
     _style(axes, grid="x")
@@ -562,10 +566,10 @@ def _draw_spread(
     spread = np.sqrt(squared.mean(axis=0))[order]
     colours = [_H36M_COLOURS[joint] for joint in order]
     axes.barh(rows, spread, height=0.62, color=colours, alpha=0.55, lw=0)
-    handles = [Line2D([], [], color=_MUTED, lw=6, alpha=0.55, label="spread")]
+    handles: list[Line2D | Patch] = [Line2D([], [], color=_MUTED, lw=6, alpha=0.55, label="spread")]
     reach = spread.max()
     if chosen is not None:
-        outline = {"fill": False, "ec": _INK, "lw": 1.0}
+        outline: dict[str, Any] = {"fill": False, "ec": _INK, "lw": 1.0}
         axes.barh(rows, chosen.radius_mm[order], height=0.62, **outline, zorder=3)
         handles.append(Patch(**outline, label=f"{100 * chosen.level:g}% radius"))
         reach = max(reach, chosen.radius_mm.max())
@@ -573,8 +577,9 @@ def _draw_spread(
         errors = np.linalg.norm(hypotheses_mm - truth_mm, axis=-1)
         best = errors[errors.mean(axis=-1).argmin()][order]
         mean = np.linalg.norm(mean_mm - truth_mm, axis=-1)[order]
-        circle = {"marker": "o", "mfc": "white", "mec": _INK, "ms": 5, "ls": "", "clip_on": False}
-        diamond = {"marker": "D", "mfc": _INK, "mec": "white", "ms": 5, "ls": "", "clip_on": False}
+        marker: dict[str, Any] = {"ms": 5, "ls": "", "clip_on": False}
+        circle = marker | {"marker": "o", "mfc": "white", "mec": _INK}
+        diamond = marker | {"marker": "D", "mfc": _INK, "mec": "white"}
         axes.plot(mean, rows, **circle, zorder=4)
         axes.plot(best, rows, **diamond, zorder=5)
         handles += [
@@ -614,7 +619,7 @@ _LEGEND = {
 }
 
 
-def _pose_limits(*poses_mm: NDArray) -> NDArray:
+def _pose_limits(*poses_mm: np.ndarray) -> np.ndarray:
     """(3, 2) limits that hold nearly all of every pose, the same scale on each axis."""
     joints = np.concatenate([poses.reshape(-1, 3) for poses in poses_mm])
     strong = poses_mm[-1]
@@ -642,7 +647,7 @@ def _add_axes(figure: Figure, left: float, bottom: float, width: float, height: 
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def _style(axes: Axes, grid: str = "") -> None:
+def _style(axes: Axes, grid: Literal["", "x", "y", "both"] = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color="#9a9a9a", linewidth=0.8)
     axes.tick_params(labelsize=8.5, colors=_MUTED, labelcolor=_INK, width=0.8, length=3)
@@ -674,7 +679,7 @@ def _suptitle(figure: Figure, title: str) -> None:
     )
 
 
-def _text(axes: Axes, x: float, y: float, text: str, colour: str, **options: object) -> None:
+def _text(axes: Axes, x: float, y: float, text: str, colour: str, **options: Any) -> None:
     axes.text(x, y, text, color=colour, fontsize=8.5, va="center", parse_math=False, **options)
 
 
@@ -718,19 +723,19 @@ def _apart(ticks: Sequence[int], largest: float) -> list[int]:
 class _LogTicks(MaxNLocator):
     """Round ticks on a logarithmic axis that may span less than a decade."""
 
-    def tick_values(self, vmin: float, vmax: float) -> NDArray:
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
         """Ticks 1, 2, 5 per decade; evenly spaced ones where fewer than three would show."""
         decades = np.arange(np.floor(np.log10(vmin)), np.ceil(np.log10(vmax)) + 1)
         ticks = np.outer(10.0**decades, [1, 2, 5]).ravel()
         ticks = ticks[(ticks >= vmin) & (ticks <= vmax)]
         if len(ticks) > 9:
             ticks = 10.0**decades
-        return ticks if len(ticks) > 2 else super().tick_values(vmin, vmax)
+        return list(ticks if len(ticks) > 2 else super().tick_values(vmin, vmax))
 
 
-def _plain_number(value: float, _: int) -> str:
+def _plain_number(value: float, _: float) -> str:
     return f"{value:.3g}"
 
 
-def _thousands(value: float, _: int) -> str:
+def _thousands(value: float, _: float) -> str:
     return f"{value:,.0f}"

@@ -18,6 +18,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     title: str,
-    results: Mapping | None = None,
+    results: Mapping[str, Any] | None = None,
     config_text: str = "",
     figures: Sequence[tuple[str, Picture]] = (),
     examples: Sequence[ReportExample] = (),
@@ -217,7 +218,7 @@ def _css_name(name: str) -> str:
     return re.sub(r"\W|_", "-", name)
 
 
-def _summary(results: Mapping) -> str:
+def _summary(results: Mapping[str, Any]) -> str:
     facts = []
     if "num_hypotheses" in results:
         facts.append(f"{_count(results['num_hypotheses'])} hypotheses per frame")
@@ -231,7 +232,7 @@ def _count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
 
 
-def _tiles(results: Mapping) -> str:
+def _tiles(results: Mapping[str, Any]) -> str:
     """The model's main numbers: the first subset large, the others below."""
     subsets = {
         str(name): methods["model"]
@@ -259,7 +260,7 @@ def _tiles(results: Mapping) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _subset_tables(subset: str, methods: Mapping) -> str:
+def _subset_tables(subset: str, methods: Mapping[str, Any]) -> str:
     """The metrics of one subset, and the best of K where there are hypotheses."""
     rows = {name: methods[name] for name in METHOD_COLOURS if methods.get(name)}
     rows |= {
@@ -348,7 +349,7 @@ def _picture(picture: Picture, text: str, attributes: str = "", below: str = "")
             kind, content = "png", figure_bytes(picture, "png", _PNG_DPI)
     else:
         kind, content = "png", Path(picture).read_bytes()
-        if content[:8] != b"\x89PNG\r\n\x1a\n":
+        if len(content) < 24 or content[:8] != b"\x89PNG\r\n\x1a\n":
             raise ValueError(f"{picture} is not a PNG; give the report PNG files or Figures")
         width, height = struct.unpack(">II", content[16:24])
     encoded = base64.b64encode(content).decode("ascii")

@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from jax import Array
+from matplotlib.figure import Figure
 
 from diffpose_jax import (
     aggregation,
     checkpoints,
     controls,
+    devices,
+    diffusion,
     evaluation,
     files,
     plotting,
@@ -34,6 +38,9 @@ from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
 from diffpose_jax.model import Model
 
+CONTROLS = "controls.npz"
+"""The file in a run's folder with the controls."""
+
 
 def evaluate_run(
     checkpoint: Path,
@@ -41,40 +48,58 @@ def evaluate_run(
     protocol: ml_collections.ConfigDict | None = None,
     num_hypotheses: Sequence[int] = (),
     data_dir: str | None = None,
+    solver: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model on a test split; fits the controls first if they are not there.
 
     Args:
       checkpoint: a run's folder, or an export.
-      output: where results.json, the tables, figures/, report.html, controls/ and calibration.json
-        go.
+      output: where results.json, the tables, figures/, report.html, controls.npz and
+        calibration.json go.
       protocol: a configuration whose `data` and `evaluation` say on what and how; by default the
         model's own, as it was when the training began.
       num_hypotheses: one or several M, evaluated in one pass; by default what the protocol says.
         The most of them are in results.json and the report, fewer in results_M.json.
       data_dir: where prepared data sets lie; by default where TFDS keeps them.
+      solver: of the reverse process, see `diffusion.reverse_steps`; by default what the protocol
+        says.
 
     Returns:
       The content of results.json.
 
     Raises:
+      CheckpointError: if the checkpoint cannot be read, or what was fitted to it.
       ConfigError: for a protocol that does not fit the data set.
     """
     model = checkpoints.load(checkpoint, protocol and protocol.evaluation.weights)
     config = model.config
     protocol = protocol or config
     settings = protocol.evaluation
+    model = dataclasses.replace(model, solver=solver or settings.get("solver", "ddpm"))
+    try:
+        diffusion.reverse_steps(model.network.schedule, model.solver)
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.solver: {error}") from error
     counts = sorted(set(num_hypotheses or (settings.num_hypotheses,)), reverse=True)
     # Apart from the keys of the training, which are split from the key of the seed itself.
     controls_key, evaluation_key, calibration_key = jax.random.split(
         jax.random.key(config.seed + 1_000_000), 3
     )
-    test = pipeline.load(protocol.data, "test", data_dir)
+    with devices.first_process_first("data"):
+        test = pipeline.load(protocol.data, "test", data_dir)
     if unknown := [key for key in settings.group_by if key not in test.groups]:
         raise ConfigError(
             f"config.evaluation.group_by: {protocol.data.name} has no {', '.join(unknown)}; it has"
             f" {', '.join(test.groups)}"
         )
+    trained_on = model.data_fingerprint
+    if protocol.data.name == config.data.name:
+        warn_of_other_data(checkpoint, config.data.name, trained_on, test.fingerprint)
+    fitted_on = {
+        "data": test.fingerprint if protocol.data == config.data else trained_on,
+        "calibration_share": config.data.calibration_share,
+        "seed": config.seed,
+    }
     # Without the frames that calibrate: what the model was trained on.
     train = functools.cache(
         lambda: pipeline.hold_out(
@@ -82,8 +107,10 @@ def evaluate_run(
         )
     )
     output.mkdir(parents=True, exist_ok=True)
-    fitted = _controls(controls_key, train, settings, (output, checkpoint))
-    calibration = _calibration(calibration_key, train, model, settings, (output, checkpoint))
+    folders = (output, checkpoint)
+    with devices.first_process_first("controls and calibration"):
+        fitted = _controls(controls_key, train, settings, fitted_on, folders)
+        calibration = _calibration(calibration_key, train, model, settings, fitted_on, folders)
 
     ambiguous = ambiguous_frames(test, settings)
     counted = np.ones(len(test), bool) if test.counted is None else test.counted
@@ -100,6 +127,8 @@ def evaluate_run(
         pose=settings.pose,
     )
     results = contents[counts[0]]
+    if not devices.is_first():
+        return results
     for count in counts[1:]:
         files.write_json(output / f"results_{count}.json", contents[count])
     write_tables(output, contents, protocol)
@@ -112,21 +141,43 @@ def evaluate_run(
     return results
 
 
+def warn_of_other_data(checkpoint: Path, name: str, trained_on: str, found: str) -> None:
+    """Warns if a model was trained on a data set of the same name with another fingerprint."""
+    if trained_on not in ("", found):
+        logging.warning(
+            "%s was trained on a %s with other content (fingerprint %s) than the one here (%s)",
+            *(checkpoint, name, trained_on, found),
+        )
+
+
 def _controls(
     key: Array,
     train: Callable[[], tuple[Examples, Examples | None]],
     settings: ml_collections.ConfigDict,
+    fitted_on: dict[str, Any],
     folders: tuple[Path, ...],
 ) -> Controls | None:
-    """The controls from the first folder that has them, or fitted now and written to the first."""
+    """The controls from the first folder that has them, or fitted now and written to the first.
+
+    Those in a folder were perhaps fitted with other settings, or to other data: then they are
+    fitted anew.
+    """
     if not settings.controls:
         return None
-    saved = [folder / "controls" for folder in folders]
-    fitted_dir = next((folder for folder in saved if folder.exists()), saved[0])
-    if not fitted_dir.exists():
-        fitted = evaluation.fit_controls(key, train()[0], settings)
-        checkpoints.save_tree(fitted_dir, controls.to_tree(fitted))
-    return controls.from_tree(checkpoints.load_tree(fitted_dir))
+    fitted_on = fitted_on | {
+        name: settings[name] for name in settings if name.startswith("regression_")
+    }
+    for folder in folders:
+        path = folder / CONTROLS
+        if path.is_file():
+            fitted, was_fitted_on = controls.load(path)
+            if aggregation.is_as_fitted(path, was_fitted_on, fitted_on):
+                return fitted
+        elif path.with_suffix("").is_dir():  # of version 0.1, which does not say of what
+            return controls.from_tree(checkpoints.load_tree(path.with_suffix("")))
+    fitted = evaluation.fit_controls(key, train()[0], settings)
+    controls.save(folders[0] / CONTROLS, fitted, fitted_on)
+    return fitted
 
 
 def _calibration(
@@ -134,16 +185,23 @@ def _calibration(
     train: Callable[[], tuple[Examples, Examples | None]],
     model: Model,
     settings: ml_collections.ConfigDict,
+    fitted_on: dict[str, Any],
     folders: tuple[Path, ...],
 ) -> Calibration:
     """The calibration, likewise; an uncalibrated one if no recordings were held out for it."""
+    fitted_on = fitted_on | {
+        "parameters": checkpoints.check_sum(model.params),
+        "num_hypotheses": settings.num_hypotheses,
+        "level": settings.radius_level,
+        "solver": model.solver,
+    }
     for folder in folders:
-        found = aggregation.read_calibration(folder, settings.pose)
+        found = aggregation.read_calibration(folder, settings.pose, fitted_on)
         if found is not None:
             return found
-    if not model.config.data.calibration_share:
+    held_out = train()[1] if model.config.data.calibration_share else None
+    if held_out is None:
         return aggregation.uncalibrated(settings.radius_level)
-    _, held_out = train()
     calibration = evaluation.fit_calibration(
         key,
         model,
@@ -153,7 +211,7 @@ def _calibration(
         num_hypotheses=settings.num_hypotheses,
         batch_size=settings.batch_size,
     )
-    aggregation.write_calibration(folders[0], settings.pose, calibration)
+    aggregation.write_calibration(folders[0], settings.pose, calibration, fitted_on)
     return calibration
 
 
@@ -176,11 +234,12 @@ def ambiguous_frames(test: Examples, settings: ml_collections.ConfigDict) -> np.
         raise ConfigError(
             f"config.evaluation.ambiguous: must be rule, stored, or a file; there is no {path}"
         )
-    listed = {line.strip() for line in path.read_text().splitlines() if line.strip()}
+    listed = {line.strip() for line in path.read_text(errors="replace").splitlines()}
+    listed -= {""}
     if unknown := sorted(listed - set(test.names.tolist())):
         raise ConfigError(
-            f"{path}: no frame of the test split is named {unknown[0]!r} ({len(unknown)} names are"
-            f" unknown); names are like {str(test.names[0])!r}"
+            f"{path}: no frame of the test split is named {unknown[0]!r:.200} ({len(unknown)} names"
+            f" are unknown); names are like {str(test.names[0])!r}"
         )
     return np.isin(test.names, sorted(listed))
 
@@ -230,8 +289,8 @@ def make_tables(
                 ):
                     found.setdefault(name, {})[column] = [metrics[metric]]
             if (protocol.data.name, key, metric) == ("mpi_inf_3dhp", "scene", "pck150_best"):
-                numbers = published.MPI_INF_3DHP_PCK
-                found["DiffPose, published"] = _single(numbers | {"all frames": numbers["all"]})
+                by_scene = published.MPI_INF_3DHP_PCK
+                found["DiffPose, published"] = _single(by_scene | {"all frames": by_scene["all"]})
             title = f"{heading} by {key}; mean: unweighted over the {len(of_key)}"
             headings = {column: (column.replace("_", " "), digits) for column in columns}
             made[f"{key}_{metric}"] = title, tables.Table(columns, tuple(found.items()), headings)
@@ -340,6 +399,8 @@ def write_report(
             example,
             figure=plotting.save(example.figure, folder / f"example_{number}.png"),
         )
+        if isinstance(example.figure, Figure)
+        else example
         for number, example in enumerate(examples, start=1)
     ]
     report.write_report(

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import logging as std_logging
+import os
 import sys
 from collections.abc import Callable
 
 from absl import app, logging
 
+from diffpose_jax import runs
 from diffpose_jax.checkpoints import CheckpointError
 from diffpose_jax.config import ConfigError
+from diffpose_jax.devices import ProcessError
 from diffpose_jax.extras import MissingExtraError
+from diffpose_jax.files import FileError
 from diffpose_jax.pictures import PictureError
 from diffpose_jax.prediction import PredictionError
+from diffpose_jax.runs import RunError
 from diffpose_jax.torch_weights import WeightsError
 from diffpose_jax.training import NonFiniteLossError
 
 _USERS_ERRORS = (
     CheckpointError,
     ConfigError,
+    FileError,
     MissingExtraError,
     NonFiniteLossError,
+    OSError,  # a full disk, a folder that cannot be written
     PictureError,
     PredictionError,
+    ProcessError,
+    RunError,
     WeightsError,
 )
 
@@ -29,14 +39,47 @@ _USERS_ERRORS = (
 logging.set_verbosity(logging.WARNING)
 
 
+def _is_no_trace_of_orbax(record: std_logging.LogRecord) -> bool:
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def without_echoes() -> None:
+    """Keeps the traces of an error that is raised from being printed, too, which Orbax does.
+
+    It also gives up the other arrays at the first error of one, and these complain later.
+    """
+    logging.get_absl_handler().addFilter(_is_no_trace_of_orbax)
+    usual = sys.unraisablehook
+    echoes = ("Event loop is closed", "Encountered error while reading array")
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not str(unraisable.exc_value).startswith(echoes):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _printable(message: str) -> str:
+    """A message without what a terminal takes for a command: it may hold names out of a file."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a program; errors that are the user's to mend end it with their message alone."""
+    """Runs a program; errors that are the user's to mend end it with their message alone.
+
+    Stopped by a signal, it ends with 128 + the signal's number, as a shell has it.
+    """
 
     def wrapped(arguments: list[str]) -> None:
+        runs.raise_when_stopped()
+        without_echoes()
         try:
             main(arguments)
         except _USERS_ERRORS as error:
-            sys.exit(f"error: {error}")
+            sys.exit(_printable("; ".join([f"error: {error}", *getattr(error, "__notes__", [])])))
+        except runs.Stopped as stop:
+            print(f"\nstopped by {stop}; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + stop.signal)
 
     def parse(arguments: list[str]) -> list[str]:
         try:

@@ -1,9 +1,19 @@
 """Measures speed on this machine; prints one JSON object a line.
 
-    python -m experiments.benchmark [--parts data,detector] [--examples 20000]
+    python -m experiments.benchmark [--parts sample,train,data,detector,metrics] [--table FILE]
 
-Weights and input are synthetic. `data`: a set of detections is prepared and read in random
-batches, against what training the paper's model consumes. `detector`: images a second of both.
+Weights and input are synthetic, sizes the paper's. Each part runs in a process of its own, so that
+its peak memory is its own. Figures of `sample`, `train` and `metrics` stand beside their floor,
+measured in the same process: the time of the useful matrix products, each measured alone at its
+shape and precision, and of the bytes that must move at the memory's measured rate; `efficiency` is
+floor over measured. Attention's products (2 percent of the operations), elementwise operations and
+random numbers are not in the floor.
+
+* `sample`: hypotheses of the 25-step model, and with `--solvers` of others.
+* `train`: optimizer steps with the data set on the device and candidates drawn there.
+* `metrics`: every metric of 64 frames x 200 hypotheses.
+* `data`: a set of detections is prepared and read in random batches, against training.
+* `detector`: images a second of both detectors.
 """
 
 from __future__ import annotations
@@ -11,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,24 +30,40 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags
+from jax import Array
 
 import experiments
 from configs import h36m
 from diffpose_jax import config as config_lib
+from diffpose_jax import files, metrics, training
 from diffpose_jax import model as model_lib
-from diffpose_jax import training
-from diffpose_jax.data import detections, mocap, motion, simulator
+from diffpose_jax.data import detections, mocap, motion, pipeline, simulator
 from diffpose_jax.data.detections import Part
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
-PARTS = flags.DEFINE_list("parts", ["data", "detector"], "What to measure.")
+PARTS = flags.DEFINE_list(
+    "parts", ["sample", "train", "metrics", "data", "detector"], "What to measure."
+)
+TABLE = flags.DEFINE_string("table", None, "Markdown file to write, with all figures.")
 EXAMPLES = flags.DEFINE_integer("examples", 20_000, "Examples of the data set.", lower_bound=1_000)
+SIZES = flags.DEFINE_list(
+    "sizes", ["1x200", "64x200", "64x2000"], "Images x hypotheses of `sample`."
+)
+SOLVERS = flags.DEFINE_list("solvers", ["ddpm"], "Solvers of `sample`, such as ddpm,ddpm:8.")
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", [], "Of `train`; default: 64, and 4096 on accelerators."
+)
+DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Of the products: float32, bfloat16.")
 
 _BATCH_SIZE, _STEPS = 64, 100
+_LONG_SECONDS = 20.0
+"""A call that takes longer is measured once."""
 
 
 def report(**figures: Any) -> None:
@@ -47,13 +74,261 @@ def report(**figures: Any) -> None:
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:
     """Median time of a call, after one that is not counted."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
+    return first_and_median_seconds(function, repeats)[1]
+
+
+def first_and_median_seconds(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Time of the first call, with its compilation, and the median of the next ones."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 1 + repeats and times[-1] < _LONG_SECONDS):
         start = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return times[0], float(np.median(times[1:]))
+
+
+Product = tuple[int, int, int]
+"""(m, k, n) of a product (m, k) @ (k, n)."""
+
+
+@functools.cache
+def product_seconds(product: Product, dtype: str) -> float:
+    """Time of a matrix product, the second factor kept, as a part of a longer computation."""
+    m, k, n = product
+    repeats = int(np.clip(2e9 / (m * k * n), 4, 200))
+    x = jnp.ones((repeats, m, k), dtype)
+    w = jnp.ones((k, n), dtype)
+
+    @jax.jit
+    def many(x: Array, w: Array) -> Array:
+        out, _ = jax.lax.scan(lambda _, x: (x @ w, None), jnp.zeros((m, n), dtype), x)
+        return out
+
+    return median_seconds(lambda: many(x, w), 9) / repeats
+
+
+@functools.cache
+def bytes_per_second() -> float:
+    """Rate at which memory is read and written, in place."""
+    scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
+    x = jnp.ones(2**26 if jax.default_backend() == "cpu" else 2**30)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x = jax.block_until_ready(scale(x))
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / float(np.median(times[1:]))
+
+
+def condition_products(config: ml_collections.ConfigDict, images: int) -> list[Product]:
+    """The encoder's, from histograms to projected conditions."""
+    width, tokens = 2 * config.num_kernels, images * NUM_HEATMAPS
+    layer = [
+        (tokens, width, 3 * width),
+        (tokens, width, width),
+        (tokens, width, config.encoder_feed_forward),
+        (tokens, config.encoder_feed_forward, width),
+    ]
+    return [
+        (tokens, width, width),
+        *config.encoder_layers * layer,
+        (images, NUM_HEATMAPS * width, config.condition_size),
+        (images, config.condition_size, config.denoiser_width),
+    ]
+
+
+def denoiser_products(config: ml_collections.ConfigDict, poses: int) -> list[Product]:
+    """The denoiser's, of one step."""
+    width, size = config.denoiser_width, model_lib.POSE_SIZE
+    blocks = 2 * config.denoiser_blocks * [(poses, width, width)]
+    return [(poses, size + 1, width), *blocks, (poses, width, size)]
+
+
+def backward(product: Product) -> list[Product]:
+    """The two products of the gradients of both factors."""
+    m, k, n = product
+    return [(m, n, k), (k, m, n)]
+
+
+def total_seconds(products: list[Product], dtype: str) -> float:
+    """The floor of products, one after the other."""
+    return sum(product_seconds(product, dtype) for product in products)
+
+
+def _full_size(dtype: str) -> tuple[ml_collections.ConfigDict, model_lib.DiffPose]:
+    config = h36m.get_config()
+    config.model.matmul_dtype = dtype
+    return config, config_lib.call(model_lib.build, config.model, "config.model")
+
+
+def sample() -> None:
+    """Sampling at full size."""
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    is_cpu = jax.default_backend() == "cpu"
+    for dtype in DTYPES.value:
+        config, network = _full_size(dtype)
+        model = model_lib.Model(network, jax.jit(network.init)(key), config)
+        for size in SIZES.value:
+            images, number = map(int, size.split("x"))
+            shape = (images, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
+            maps = rng.random(shape, np.float32)
+            for solver in SOLVERS.value:
+                call = functools.partial(model.sample, key, maps, number, solver)
+                first, seconds = first_and_median_seconds(call, 5)
+                steps = 25 if solver == "ddpm" else int(solver.partition(":")[2])
+                per_pass = min(200 if is_cpu else 12_800, images * number)
+                passes = images * number / per_pass
+                floor = total_seconds(condition_products(config.model, images), dtype)
+                step = total_seconds(denoiser_products(config.model, per_pass), dtype)
+                floor += passes * steps * step
+                report(
+                    part="sample",
+                    dtype=dtype,
+                    images=images,
+                    hypotheses=number,
+                    solver=solver,
+                    seconds=seconds,
+                    floor_seconds=floor,
+                    efficiency=floor / seconds,
+                    compile_seconds=first - seconds,
+                    peak_memory_mb=peak_memory_mb(),
+                )
+        report(part="sample", dtype=dtype, **_errors(key, model, rng))
+
+
+def _errors(key: Array, model: model_lib.Model, rng: np.random.Generator) -> dict[str, float]:
+    """How far the noise that is predicted is from that of exact products, over its deviation."""
+    network, poses = model.network, 1_000
+    x_t = jnp.asarray(rng.standard_normal((poses, model_lib.POSE_SIZE)), jnp.float32)
+    t = jnp.asarray(rng.integers(0, network.schedule.num_steps, poses))
+    projected = jnp.zeros((poses, network.denoiser.width))
+    eps = jax.jit(network.denoise)(model.params, x_t, t, projected)
+    _, exact = _full_size("float32")
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(exact.denoise)(model.params, x_t, t, projected)
+    error = jnp.sqrt(jnp.mean(jnp.square(eps - expected)))
+    return {"denoiser_error_over_std": float(error / jnp.std(expected))}
+
+
+def _synthetic_examples(number: int) -> pipeline.HeldData:
+    rng = np.random.default_rng(0)
+    maps = np.zeros((number, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE), np.float16)
+    for chunk in np.array_split(np.arange(number), max(1, number // 256)):
+        maps[chunk] = rng.random((len(chunk), *maps.shape[1:]), np.float32)
+    pose_mm = 300 * rng.standard_normal((number, NUM_JOINTS, 3)).astype(np.float32)
+    return pipeline.HeldData(pose_mm, pipeline.HeatmapsInMemory(maps))
+
+
+def train() -> None:
+    """Training at full size."""
+    is_cpu = jax.default_backend() == "cpu"
+    sizes = [int(size) for size in BATCH_SIZES.value] or ([64] if is_cpu else [64, 4096])
+    held = _synthetic_examples(1_024 if is_cpu else 8_192)
+    for dtype in DTYPES.value:
+        for batch_size in sizes:
+            steps = 10 if is_cpu else max(10, 12_800 // batch_size)
+            compile_seconds, seconds, scalars = _step_seconds(dtype, batch_size, steps, held)
+            report(
+                part="train",
+                dtype=dtype,
+                batch=batch_size,
+                seconds=seconds,
+                **_train_floor(dtype, batch_size, seconds),
+                compile_seconds=compile_seconds,
+                peak_memory_mb=peak_memory_mb(),
+                finite=bool(np.isfinite(scalars.loss).all()),
+            )
+
+
+def _step_seconds(
+    dtype: str, batch_size: int, steps: int, held: pipeline.HeldData
+) -> tuple[float, float, training.StepScalars]:
+    """Seconds of the compilation and of a step, as the training program runs it on one device."""
+    config, network = _full_size(dtype)
+    config.training.batch_size = batch_size
+    trainer = training.from_config(network, config.training)
+    rng, device = np.random.default_rng(0), jax.local_devices()[:1]
+    number = len(held.pose_mm)
+
+    def selections() -> Iterator[pipeline.Selection]:
+        while True:
+            rows = rng.integers(0, number, (steps, batch_size), np.int32)
+            yield pipeline.Selection(rows, rows)
+
+    key = jax.random.key(0)
+    state = jax.jit(trainer.init)(key)
+    dispatches = training.run(trainer, state, key, selections(), device, held)
+    seen = []
+
+    def dispatch() -> training.TrainState:
+        state, scalars = next(dispatches)
+        seen.append(scalars)
+        return state
+
+    first, seconds = first_and_median_seconds(dispatch, 5)
+    return first - seconds, seconds / steps, seen[-1]
+
+
+def _train_floor(dtype: str, batch_size: int, seconds: float) -> dict[str, float]:
+    config, network = _full_size(dtype)
+    encoder = condition_products(config.model, batch_size)
+    denoiser = denoiser_products(config.model, batch_size)
+    products = [p for product in encoder + denoiser for p in [product, *backward(product)]]
+    # Not the gradient of the histograms, which are data, nor that of the noised poses.
+    products.remove(backward(encoder[0])[0])
+    products.remove(backward(denoiser[0])[0])
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    # Adam reads the gradient, two moments and the parameter, and writes the last three.
+    moved = 7 * 4 * sum(x.size for x in jax.tree.leaves(params))
+    moved += batch_size * NUM_HEATMAPS * HEATMAP_SIZE**2 * 2  # the heatmaps, float16
+    product_floor, traffic = total_seconds(products, dtype), moved / bytes_per_second()
+    return {
+        "floor_seconds": product_floor + traffic,
+        "floor_products": product_floor,
+        "floor_traffic": traffic,
+        "efficiency": (product_floor + traffic) / seconds,
+    }
+
+
+def measure_metrics() -> None:
+    """Every metric of a batch of hypotheses."""
+    rng, frames, number = np.random.default_rng(0), 64, 200
+    truth = 300 * rng.standard_normal((frames, NUM_JOINTS, 3)).astype(np.float32)
+    noise = 100 * rng.standard_normal((frames, number, NUM_JOINTS, 3)).astype(np.float32)
+    hypotheses_mm, truth_mm = jnp.asarray(truth[:, None] + noise), jnp.asarray(truth)
+    compute = jax.jit(metrics.MetricSums.compute)
+    weights = jnp.ones(frames, bool)
+    first, seconds = first_and_median_seconds(lambda: compute(hypotheses_mm, truth_mm, weights), 5)
+    # The energy score's distances between hypotheses outweigh all else: a square root and eight
+    # other operations for each joint of each pair.
+    pairs = frames * NUM_JOINTS * number * (number - 1) / 2
+    floor = pairs / _distances_per_second()
+    report(
+        part="metrics",
+        images=frames,
+        hypotheses=number,
+        seconds=seconds,
+        floor_seconds=floor,
+        efficiency=floor / seconds,
+        compile_seconds=first - seconds,
+        peak_memory_mb=peak_memory_mb(),
+    )
+
+
+def _distances_per_second() -> float:
+    """Rate of distances between points that lie in the cache, one of each pair."""
+    x, y = jnp.ones((3, 2**18)), jnp.zeros((3, 2**18))
+    repeats = 50
+
+    @jax.jit
+    def many(x: Array, y: Array) -> Array:
+        def add(i: Array, total: Array) -> Array:
+            dx, dy, dz = x - y * i.astype(jnp.float32)
+            return total + jnp.sqrt(dx * dx + dy * dy + dz * dz)
+
+        return jax.lax.fori_loop(0, repeats, add, jnp.zeros(x.shape[1]))
+
+    return repeats * x.shape[1] / median_seconds(lambda: many(x, y), 9)
 
 
 class SyntheticDetections(detections.DetectionsBuilder):
@@ -104,7 +379,7 @@ def data() -> None:
 
         seconds = median_seconds(read, 5)
     read_rate = _BATCH_SIZE * _STEPS / 4 / seconds
-    step = _train_step_seconds()
+    _, step, _ = _step_seconds("float32", _BATCH_SIZE, 10, _synthetic_examples(1_024))
     report(
         part="data",
         examples=EXAMPLES.value,
@@ -113,25 +388,8 @@ def data() -> None:
         read_per_second=read_rate,
         training_consumes_per_second=_BATCH_SIZE / step,
         read_over_training=read_rate * step / _BATCH_SIZE,
-        peak_memory_mb=_peak_memory_mb(),
+        peak_memory_mb=peak_memory_mb(),
     )
-
-
-def _train_step_seconds() -> float:
-    """Seconds of a step of the paper's model, batch 64, candidates drawn in the step."""
-    config = h36m.get_config()
-    network = config_lib.call(model_lib.build, config.model, "config.model")
-    trainer = training.from_config(network, config.training)
-    rng = np.random.default_rng(0)
-    shape = (_BATCH_SIZE, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
-    batch = training.Batch(
-        evidence=rng.random(shape, np.float32),
-        pose_mm=300 * rng.standard_normal((_BATCH_SIZE, NUM_JOINTS, 3)).astype(np.float32),
-    )
-    batch, key = jax.device_put(batch), jax.random.key(0)
-    state = trainer.init(key)
-    step = jax.jit(functools.partial(training.train_step, trainer))
-    return median_seconds(lambda: step(state, key, batch), 10)
 
 
 def detector() -> None:
@@ -153,27 +411,71 @@ def detector() -> None:
         report(part="detector", network=name, batch=batch, images_per_second=batch / seconds)
 
 
-def _peak_memory_mb() -> float:
-    """Largest resident memory of this process so far."""
+def peak_memory_mb() -> float:
+    """Largest memory of this process so far: the device's, or on a CPU what is resident."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-_MEASURE = {"data": data, "detector": detector}
+_MEASURE = {
+    "sample": sample,
+    "train": train,
+    "metrics": measure_metrics,
+    "data": data,
+    "detector": detector,
+}
 
 
-def main(_: list[str]) -> None:
-    """Runs the parts."""
-    if unknown := [part for part in PARTS.value if part not in _MEASURE]:
-        raise app.UsageError(f"--parts: {', '.join(unknown)} unknown; take {', '.join(_MEASURE)}")
+def machine() -> None:
+    """What it is measured on."""
     report(
         part="machine",
         backend=jax.default_backend(),
         devices=[str(device.device_kind) for device in jax.local_devices()],
         jax=jax.__version__,
+        products_gflops=2e-9 * 2048**3 / product_seconds((2048, 2048, 2048), "float32"),
+        memory_gb_per_second=1e-9 * bytes_per_second(),
     )
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """A table for each part, a row for each line, a column for each figure."""
+    text = []
+    for part in dict.fromkeys(line["part"] for line in lines):
+        rows = [line for line in lines if line["part"] == part]
+        rows = rows[:1] if part == "machine" else rows
+        columns = [
+            key for key in dict.fromkeys(key for row in rows for key in row) if key != "part"
+        ]
+        cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+        table = [columns, ["---"] * len(columns), *cells]
+        text.append(f"## {part}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table))
+    return "\n".join(text)
+
+
+def main(_: list[str]) -> None:
+    """Runs the parts, each in a process of its own."""
+    if unknown := [part for part in PARTS.value if part not in _MEASURE]:
+        raise app.UsageError(f"--parts: {', '.join(unknown)} unknown; take {', '.join(_MEASURE)}")
+    if len(PARTS.value) == 1:
+        machine()
+        _MEASURE[PARTS.value[0]]()
+        return
+    lines = []
     for part in PARTS.value:
-        _MEASURE[part]()
+        command = [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:], f"--parts={part}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                lines.append(json.loads(line))
+                if lines[-1]["part"] != "machine" or len(lines) == 1:
+                    print(line, end="", flush=True)
+        if process.returncode:
+            sys.exit(f"error: part {part} ended with {process.returncode}, see above")
+    if TABLE.value:
+        files.write_whole(TABLE.value, markdown(lines).encode())
 
 
 if __name__ == "__main__":

@@ -58,7 +58,10 @@ def convert(
     try:
         # The file that was fine-tuned on Human3.6M keeps the network's tensors under `net`.
         found = content.get("net", content) if isinstance(content, dict) else {}
-        if any(str(name).endswith("final_layer.weight") for name in found):
+        if isinstance(found, dict) and any(
+            str(name).endswith("final_layer.weight") for name in found
+        ):
+            found = torch_weights.released_tensors(found)
             detectors.save(output, "hrnet_w32", hrnet.from_torch(found))
             return "the detector HRNet-W32", []
         tensors = torch_weights.released_tensors(content, weights)

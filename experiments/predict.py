@@ -60,12 +60,9 @@ class Subject(NamedTuple):
 
 def main(_: list[str]) -> None:
     """Predicts and writes."""
-    _check_flags()
-    if IMAGE.value is None:
-        subjects = _heatmaps(Path(HEATMAPS.value), Path(OUTPUT.value))
-    else:
-        load = functools.cache(functools.partial(detectors.load, DETECTOR.value))
-        subjects = _pictures(Path(IMAGE.value), Path(OUTPUT.value), load)
+    if CHECKPOINT.value is None or OUTPUT.value is None:
+        raise app.UsageError("--checkpoint and --output are needed")
+    subjects = _subjects(Path(OUTPUT.value))
     model = checkpoints.load(CHECKPOINT.value)
     calibration = aggregation.read_calibration(CHECKPOINT.value, POSE.value)
     key = jax.random.key(SEED.value)
@@ -89,20 +86,23 @@ def main(_: list[str]) -> None:
         sys.exit(f"{failed} of {len(subjects)} gave no poses" if len(subjects) > 1 else 1)
 
 
-def _check_flags() -> None:
-    if CHECKPOINT.value is None or OUTPUT.value is None:
-        raise app.UsageError("--checkpoint and --output are needed")
+def _subjects(output: Path) -> list[Subject]:
+    """What the flags name."""
     if (IMAGE.value is None) == (HEATMAPS.value is None):
         raise app.UsageError("either --image or --heatmaps is needed")
-    if IMAGE.value is not None and DETECTOR.value is None:
+    if BOX.value and (IMAGE.value is None or Path(IMAGE.value).is_dir()):
+        raise app.UsageError("--box says where people are in one picture: give it as --image FILE")
+    if output.exists() and not output.is_dir():
+        raise PredictionError(f"--output {output} is a file; name a folder")
+    if HEATMAPS.value is not None:
+        return _heatmaps(Path(HEATMAPS.value), output)
+    if IMAGE.value is None or DETECTOR.value is None:
         raise app.UsageError(
             "--image needs --detector DIR; python -m experiments.convert --efficientpose download"
             " --output DIR makes one"
         )
-    if BOX.value and (IMAGE.value is None or Path(IMAGE.value).is_dir()):
-        raise app.UsageError("--box says where people are in one picture: give it as --image FILE")
-    if (output := Path(OUTPUT.value)).exists() and not output.is_dir():
-        raise PredictionError(f"--output {output} is a file; name a folder")
+    load = functools.cache(functools.partial(detectors.load, DETECTOR.value))
+    return _pictures(Path(IMAGE.value), output, load)
 
 
 def _heatmaps(path: Path, output: Path) -> list[Subject]:
@@ -126,17 +126,21 @@ def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Su
     if path.is_dir():
         paths = pictures.find(path)
         stems = [picture.stem.casefold() for picture in paths]
+
+        def detect(picture: Path) -> Detection:
+            return prediction.detect(load(), pictures.read(picture))
+
         return [
             Subject(
                 picture.name,
                 # One folder each, also for a.jpg and a.png.
                 output / (picture.stem if stems.count(stem) == 1 else picture.name),
-                lambda picture=picture: prediction.detect(load(), pictures.read(picture)),
+                functools.partial(detect, picture),
             )
             for picture, stem in zip(paths, stems, strict=True)
         ]
     image = pictures.read(path)
-    boxes = [Box.parse(text) for text in BOX.value] or [None]
+    boxes: list[Box | None] = [Box.parse(text) for text in BOX.value] or [None]
     for box in filter(None, boxes):
         box.crop(image)  # Before any work: it tells of a box that lies outside.
 

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import app, flags
@@ -24,6 +25,7 @@ import experiments
 from configs import ablations
 from diffpose_jax import files, published, tables
 from diffpose_jax.config import ConfigError
+from diffpose_jax.files import FileError
 
 CONFIGS = flags.DEFINE_list("configs", None, "Configuration files, with :NAME where they take one.")
 SEEDS = flags.DEFINE_list("seeds", ["42", "2967", "6173", "5478", "989"], "Default: the paper's.")
@@ -37,14 +39,14 @@ def expand(specs: list[str]) -> dict[str, str]:
     Raises:
       ConfigError: if two configurations would have rows of one name.
     """
-    rows = {}
+    rows: dict[str, str] = {}
     for spec in specs:
         path, _, argument = spec.partition(":")
         base, _, name = argument.rpartition("/")
         names = ablations.TABLES.get(name, (name,)) if argument else (None,)
-        for name in names:
-            row = name or Path(path).stem
-            config = f"{path}:{base + '/' if base else ''}{name}" if name else path
+        for row_name in names:
+            row = row_name or Path(path).stem
+            config = f"{path}:{base + '/' if base else ''}{row_name}" if row_name else path
             if rows.setdefault(row, config) != config:
                 raise ConfigError(f"--configs: {rows[row]} and {config} are both called {row}")
     return rows
@@ -60,6 +62,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         raise ConfigError(f"--configs: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"--configs: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     try:
@@ -95,7 +99,7 @@ def sweep(
     training_of = trained_by(configs)
     begun = output / "sweep.json"
     settings = {"overrides": overrides}
-    if begun.exists() and json.loads(begun.read_text()) != settings:
+    if begun.exists() and files.read_json(begun) != settings:
         raise ConfigError(
             f"{output} was begun with other settings after -- ({begun}): choose another --output"
         )
@@ -127,6 +131,23 @@ def sweep(
     return failed
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads results.json.
+
+    Raises:
+      FileError: if it is damaged, or holds something else.
+    """
+    content = files.read_json(path)
+    try:
+        models = [methods["model"] for methods in content["subsets"].values()]
+        numbers = [model[name] for model in models for name in tables.COLUMNS if name in model]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FileError(f"{path} is damaged: it holds no subsets with metrics") from error
+    if not all(type(number) in (int, float) for number in numbers):
+        raise FileError(f"{path} is damaged: a metric is no number")
+    return content
+
+
 def table(
     rows: dict[str, str], seeds: list[int], output: Path, subset: str, is_published: bool
 ) -> tables.Table:
@@ -135,7 +156,7 @@ def table(
     lines = []
     for row in rows:
         paths = [output / row / f"seed_{seed}" / "results.json" for seed in seeds]
-        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        results = [read_results(path) for path in paths if path.exists()]
         metrics = [r["subsets"][subset]["model"] for r in results if subset in r["subsets"]]
         values = {c: [m[c] for m in metrics if c in m] for c in columns}
         lines.append((row, values))

@@ -2,12 +2,15 @@
 
     python -m experiments.train --config configs/quickstart.py [--workdir DIR]
 
-Run again, it goes on where it was stopped.
+Run again, it goes on where it was stopped: by SIGINT or SIGTERM, after the running steps and a
+checkpoint of them; by anything else, at the last checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,10 +20,10 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-import experiments
-from diffpose_jax import checkpoints, files, model, results, scalars, training
+from diffpose_jax import checkpoints, devices, files, model, results, runs, scalars, training
 from diffpose_jax import config as config_lib
 from diffpose_jax.data import pipeline
+from experiments import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
@@ -28,9 +31,15 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: t
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None = None) -> None:
-    """Trains until the last step, from the newest checkpoint if there is one."""
+    """Trains until the last step, from the newest checkpoint if there is one.
+
+    Raises:
+      Stopped: after SIGINT or SIGTERM; what was trained is saved.
+      NonFiniteLossError: the step's examples are in nonfinite_step_N.json.
+    """
     network = config_lib.call(model.build, config.model, "config.model")
     trainer = training.from_config(network, config.training)
+    images = devices.images_of_process(trainer.batch_size, "config.training.batch_size")
     init_key, train_key, candidate_key = jax.random.split(jax.random.key(config.seed), 3)
     workdir.mkdir(parents=True, exist_ok=True)
     state = trainer.init(init_key)
@@ -38,11 +47,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
         workdir / "checkpoints", config, trainer.keep_checkpoints
     ) as saved:
         state = saved.restore_latest(state) or state
-        files.write_json(workdir / "config.json", config.to_dict())
         first = int(state.step)
         if first == trainer.num_steps:
+            runs.write_config(workdir, config)
             return
-        examples = pipeline.load(config.data, "train", data_dir)
+        with devices.first_process_first("data"):
+            examples = pipeline.load(config.data, "train", data_dir)
+        saved.trains_on(examples.fingerprint)
+        start = runs.start_record(
+            seed=config.seed, step=first, data_fingerprint=examples.fingerprint
+        )
+        runs.write_config(workdir, config, start)
         examples, _ = pipeline.hold_out(examples, config.data.calibration_share)
         evidence = pipeline.evidence(
             examples,
@@ -57,22 +72,62 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
             trainer.num_steps,
             trainer.steps_per_dispatch,
             trainer.batch_size,
+            images=images,
             held=config.data.on_device,
         )
         held = data.held() if config.data.on_device else None
         with (
             scalars.ScalarWriter(workdir / "metrics.jsonl", last_step=first) as writer,
-            tqdm(total=trainer.num_steps, initial=first, desc="training", unit=" steps") as bar,
+            tqdm(
+                total=trainer.num_steps,
+                initial=first,
+                desc="training",
+                unit=" steps",
+                disable=not devices.is_first(),
+            ) as bar,
+            _noting_examples(workdir, trainer, data),
+            runs.stop_put_off() as stop,
         ):
-            for new_state, losses in training.run(trainer, state, train_key, batches, held=held):
+            for new_state, of_steps in training.run(trainer, state, train_key, batches, held=held):
                 step = int(new_state.step)
-                loss = float(np.mean(losses, dtype=np.float64))
+                loss, grad_norm = (
+                    float(np.mean(x, dtype=np.float64)) for x in (of_steps.loss, of_steps.grad_norm)
+                )
                 learning_rate = float(trainer.learning_rate(step - 1))
-                writer.write(step, loss=loss, learning_rate=learning_rate)
+                writer.write(step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update(step - bar.n)
-                if step % trainer.checkpoint_every == 0 or step == trainer.num_steps:
+                # Once, or it could break off what it has not saved. A signal to one of several
+                # processes stops all of them, after the same step.
+                stopping = devices.largest(stop.signal or 0)
+                is_due = step % trainer.checkpoint_every == 0 or step == trainer.num_steps
+                if is_due or stopping:
+                    writer.sync()
                     saved.save(new_state)
+                if stopping:
+                    stop.signal = stopping
+                    saved.wait()
+                    break
+
+
+@contextlib.contextmanager
+def _noting_examples(
+    workdir: Path, trainer: training.Trainer, data: pipeline.TrainingData
+) -> Iterator[None]:
+    """Writes down which examples were in the batch of a step that went wrong."""
+    try:
+        yield
+    except training.NonFiniteLossError as error:
+        rows = data.selection(error.step - 1, 1, trainer.batch_size).rows[0]
+        content = {
+            "step": error.step,
+            error.what: str(error.value),
+            "learning_rate": float(trainer.learning_rate(error.step - 1)),
+            "examples": data.examples.names[rows].tolist(),
+        }
+        path = files.write_json(workdir / f"nonfinite_step_{error.step}.json", content)
+        error.add_note(f"the examples of its batch are listed in {path}")
+        raise
 
 
 def main(_: list[str]) -> None:
@@ -83,11 +138,12 @@ def main(_: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or Path("runs") / name)
     start = time.monotonic()
-    train(config, workdir, DATA_DIR.value)
-    results.print_table(results.evaluate_run(workdir, workdir, config, data_dir=DATA_DIR.value))
+    with devices.output_folder(workdir) as own, runs.only_one(own):
+        train(config, own, DATA_DIR.value)
+        results.print_table(results.evaluate_run(workdir, workdir, config, data_dir=DATA_DIR.value))
     minutes = (time.monotonic() - start) / 60
     print(f"\n{workdir / 'report.html'}, after {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    processes.run(main)

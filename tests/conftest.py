@@ -4,12 +4,13 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# In the programs that tests start, what a user would be warned of is an error.
+os.environ["PYTHONWARNINGS"] = "error,ignore::DeprecationWarning"
 
-import jax
 import pytest
 from absl import flags
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
@@ -17,6 +18,9 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption(
         "--reference-dir", default=None, help="folder of reference cases; default: tests/golden"
+    )
+    parser.addoption(
+        "--soak-minutes", type=float, default=2, help="how long test_soak.py trains and evaluates"
     )
 
 

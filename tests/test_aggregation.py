@@ -526,9 +526,9 @@ def test_calibrations_beside_a_model(tmp_path):
     assert aggregation.read_calibration(tmp_path, "mean") is None
     factor = np.linspace(1, 2, 17, dtype=np.float32)
     of_mean = aggregation.Calibration(factor, 1.0, 0.8, 90, 12)
-    aggregation.write_calibration(tmp_path, "mean", aggregation.uncalibrated(0.5))
-    aggregation.write_calibration(tmp_path, "mode", aggregation.uncalibrated(0.9))
-    aggregation.write_calibration(tmp_path, "mean", of_mean)
+    aggregation.write_calibration(tmp_path, "mean", aggregation.uncalibrated(0.5), {})
+    aggregation.write_calibration(tmp_path, "mode", aggregation.uncalibrated(0.9), {})
+    aggregation.write_calibration(tmp_path, "mean", of_mean, {"seed": 1, "data": "abc"})
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "100"):
         found = aggregation.read_calibration(folder, "mean")
@@ -536,6 +536,24 @@ def test_calibrations_beside_a_model(tmp_path):
         assert (found.level, found.num_groups) == (0.8, 12)
         assert aggregation.read_calibration(folder, "mode").level == 0.9
         assert aggregation.read_calibration(folder, "medoid") is None
+
+
+def test_a_calibration_under_other_conditions_counts_as_none(tmp_path, caplog):
+    fitted_on = {"seed": 1, "data": "abc"}
+    aggregation.write_calibration(tmp_path, "mean", aggregation.uncalibrated(0.5), fitted_on)
+    assert aggregation.read_calibration(tmp_path, "mean", fitted_on) is not None
+    assert not caplog.records
+    other = {"seed": 1, "data": "def"}
+    assert aggregation.read_calibration(tmp_path, "mean", other) is None
+    assert "calibration.json was fitted under other conditions (data is def, was abc)" in (
+        caplog.text
+    )
+    # One of before this was noted is taken as it is.
+    path = tmp_path / aggregation.CALIBRATIONS
+    content = json.loads(path.read_text())
+    del content["mean"]["fitted_on"]
+    path.write_text(json.dumps(content))
+    assert aggregation.read_calibration(tmp_path, "mean", other) is not None
 
 
 @pytest.mark.parametrize("damaged", ["", "[1", '{"mean": {}}', '{"mean": 3}', "3"])

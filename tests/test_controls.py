@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffpose_jax import controls
+from diffpose_jax.checkpoints import CheckpointError
 
 FIT = {"steps": 400, "batch_size": 64, "width": 128, "learning_rate": 3e-3}
 
@@ -138,6 +139,28 @@ def test_the_three_controls_come_from_the_same_frames(regression):
     spread = np.sqrt(np.sum(np.float64(fitted.gaussian.factor_mm) ** 2) / 48)
     assert spread == pytest.approx(np.sqrt(np.mean(errors[:, 1:] ** 2)), rel=1e-3)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(fitted))
+
+
+def test_saved_and_read_again(regression, tmp_path):
+    path = tmp_path / "controls.npz"
+    fitted = controls.Controls(
+        mean_pose_mm=jnp.arange(51.0).reshape(17, 3),
+        regression=regression,
+        gaussian=controls.GaussianParams(jnp.eye(48)),
+    )
+    controls.save(path, fitted, {"seed": 1, "rate": 1e-3})
+    found, fitted_on = controls.load(path)
+    assert fitted_on == {"seed": 1, "rate": 1e-3}
+    assert jax.tree.structure(found) == jax.tree.structure(fitted)
+    for x, y in zip(*map(jax.tree.leaves, (found, fitted)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for damaged in (b"", content[:middle], flipped, b"junk"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"controls\.npz is damaged .*; remove it"):
+            controls.load(path)
 
 
 def test_bad_input_is_named():

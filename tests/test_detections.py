@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,39 @@ def test_several_shards(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         detections.read(builder, "train")[1](order), expected("train")[1][order]
     )
+
+
+# What a data set is known by.
+
+
+def test_the_fingerprint_is_of_the_content(prepared, tmp_path):
+    known = detections.fingerprint(prepared.data_dir)
+    copied = shutil.copytree(prepared.data_dir, tmp_path / "elsewhere" / "fake" / "x" / "1.0.0")
+    assert detections.fingerprint(copied) == known
+    again = make(tmp_path / "again")
+    again.prepare()
+    assert detections.fingerprint(again.data_dir) == known
+    for number, column in enumerate(("pose_mm", "crops", "clip")):
+
+        def altered(name, columns, column=column):
+            if name == "S9" and columns["frame"][0] == 0:
+                columns[column] = columns[column].copy()
+                columns[column][0] = columns[column][1]
+            return columns
+
+        other = make(tmp_path / str(number), altered)
+        other.prepare()
+        assert detections.fingerprint(other.data_dir) != known, column
+
+
+def test_two_prepare_the_same_at_once(tmp_path, prepared):
+    builders = [make(tmp_path), make(tmp_path)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda builder: builder.prepare(), builders))
+    assert sorted(len(builder.parts_read) for builder in builders) == [0, len(PARTS)]
+    for builder in builders:
+        assert contents(builder) == contents(prepared)
+        assert len(detections.read(builder, "train")[0]["frame"]) == 16
 
 
 # Stopped preparations.

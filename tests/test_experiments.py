@@ -130,8 +130,10 @@ def assert_same_runs(run, other):
     a, b = (jax.tree_util.tree_leaves_with_path(restore(folder)) for folder in (run, other))
     for (path, x), (_, y) in zip(a, b, strict=True):
         assert x.tobytes() == y.tobytes(), path
-    for name in ("metrics.jsonl", "config.json", "results.json"):
+    for name in ("metrics.jsonl", "results.json"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    a, b = (read_json(folder / "config.json") for folder in (run, other))
+    assert a | {"started": b["started"]} == b
 
 
 def test_train_writes_all_that_is_promised(run):
@@ -144,10 +146,11 @@ def test_train_writes_all_that_is_promised(run):
         "report.html",
         "figures",
         "calibration.json",
+        "controls.npz",
         "tables.md",
         "table_all.csv",
     }
-    assert not [name for name in written if name.startswith(".")]
+    assert [name for name in written if name.startswith(".")] == [".lock"]
     lines = scalars.read_scalars(run / "metrics.jsonl")
     steps = np.arange(STEPS_PER_DISPATCH, NUM_STEPS + 1, STEPS_PER_DISPATCH)
     assert [line["step"] for line in lines] == steps.tolist()
@@ -157,7 +160,13 @@ def test_train_writes_all_that_is_promised(run):
     kept = {path.name for path in (run / "checkpoints").iterdir()}
     assert kept == {str(NUM_STEPS), str(NUM_STEPS - CHECKPOINT_EVERY)}
     config = read_json(run / "config.json")
-    assert config == checkpoints.load(run).config.to_dict()
+    (start,) = config.pop("started")
+    model = checkpoints.load(run)
+    assert config == json.loads(json.dumps(model.config.to_dict()))
+    assert (start["step"], start["seed"]) == (0, config["seed"])
+    assert start["data_fingerprint"] == model.data_fingerprint != ""
+    assert start["versions"]["jax"] == jax.__version__
+    assert start["devices"] == ["cpu"]
     assert config["training"]["num_steps"] == NUM_STEPS
     assert list((run / "figures").glob("*.png"))
     assert "<html" in (run / "report.html").read_text()
@@ -182,7 +191,7 @@ def test_run_again_trains_nothing(workplace, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     before = {
         path: (path.read_bytes(), path.stat().st_mtime_ns)
-        for part in ("checkpoints", "controls", "metrics.jsonl")
+        for part in ("checkpoints", "controls.npz", "metrics.jsonl")
         for path in [copy / part, *(copy / part).rglob("*")]
         if path.is_file()
     }
@@ -380,3 +389,29 @@ def test_benchmark(workplace):
         assert data[figure] > 0
     ratio = data["read_per_second"] / data["training_consumes_per_second"]
     assert data["read_over_training"] == pytest.approx(ratio, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_benchmark_beside_the_floor(workplace, tmp_path):
+    """Each figure with its floor, and all of them in the table."""
+    table = tmp_path / "table.md"
+    printed = workplace.run(
+        *("benchmark", "--parts", "sample,train,metrics", "--table", table),
+        *("--sizes", "1x50", "--solvers", "ddpm,ddpm:2", "--batch_sizes", 2),
+    )
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["part"] for line in lines] == ["machine", *3 * ["sample"], "train", "metrics"]
+    measured = [line for line in lines if "seconds" in line]
+    assert len(measured) == 4
+    for line in measured:
+        assert line["efficiency"] == pytest.approx(
+            line["floor_seconds"] / line["seconds"], rel=1e-2
+        )
+        assert 0 < line["efficiency"] < 2
+        assert line["peak_memory_mb"] > 100
+    assert measured[0]["floor_seconds"] > 5 * measured[1]["floor_seconds"]
+    assert lines[3]["denoiser_error_over_std"] < 1e-5
+    text = table.read_text()
+    for line in lines:
+        assert f"## {line['part']}\n" in text
+        assert all(f"| {value} |" in text for value in line.values() if value != line["part"])

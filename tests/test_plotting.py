@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import subprocess
@@ -230,7 +231,7 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
     def broken(self, target):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr("pathlib.Path.replace", broken)
     with pytest.raises(OSError, match="disk full"):

@@ -5,11 +5,83 @@ import csv
 import ml_collections
 import numpy as np
 import pytest
+from flax import serialization
 from small import examples
 
 from configs import protocols
-from diffpose_jax import results
+from diffpose_jax import checkpoints, controls, evaluation, results
 from diffpose_jax.config import ConfigError
+
+
+def test_other_data_is_warned_of(caplog, tmp_path):
+    for trained_on in ("", "abc"):  # not known, as of version 0.1, or the same
+        results.warn_of_other_data(tmp_path, "motion", trained_on, "abc")
+    assert not caplog.records
+    results.warn_of_other_data(tmp_path, "motion", "def", "abc")
+    assert "was trained on a motion with other content (fingerprint def)" in caplog.text
+
+
+SETTINGS = ml_collections.ConfigDict(
+    {"controls": True, "regression_steps": 3, "pose": "mean", "radius_level": 0.9}
+)
+FITTED_ON = {"data": "abc", "seed": 0}
+
+
+def fitted_controls(value):
+    return controls.Controls(
+        mean_pose_mm=np.full((17, 3), value, np.float32),
+        regression=controls.RegressionParams({"params": {"a": np.ones(2)}}, *np.ones((4, 1))),
+        gaussian=controls.GaussianParams(np.eye(2)),
+    )
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Says how often controls were fitted; each time they are others."""
+    values = []
+
+    def fit(*_):
+        values.append(float(len(values)))
+        return fitted_controls(values[-1])
+
+    monkeypatch.setattr(evaluation, "fit_controls", fit)
+    return values
+
+
+def controls_of(folders, settings=SETTINGS, **fitted_on):
+    found = results._controls(None, lambda: (None, None), settings, FITTED_ON | fitted_on, folders)
+    return float(np.asarray(found.mean_pose_mm)[0, 0])
+
+
+def test_controls_are_fitted_once(fits, tmp_path, caplog):
+    run, output = tmp_path / "run", tmp_path / "output"
+    assert [controls_of((run, run)) for _ in range(2)] == [0.0, 0.0]
+    assert controls_of((output, run)) == 0.0
+    assert len(fits) == 1
+    assert not output.exists()
+    assert not caplog.records
+
+
+def test_controls_are_fitted_anew_for_other_settings_or_data(fits, tmp_path, caplog):
+    run, output = tmp_path / "run", tmp_path / "output"
+    assert controls_of((run, run)) == 0.0
+    longer = SETTINGS.copy_and_resolve_references()
+    longer.regression_steps = 4
+    assert controls_of((output, run), longer) == 1.0
+    assert "controls.npz was fitted under other conditions (regression_steps is 4, was 3)" in (
+        caplog.text
+    )
+    assert controls_of((output, run), longer) == 1.0
+    assert controls_of((run, run)) == 0.0
+    assert controls_of((run, run), data="def") == 2.0
+    assert "data is def, was abc" in caplog.text
+
+
+def test_controls_of_version_0_1(fits, tmp_path):
+    tree = serialization.to_state_dict(fitted_controls(7.0))
+    checkpoints.save_tree(tmp_path / "controls", tree)
+    assert controls_of((tmp_path / "output", tmp_path)) == 7.0
+    assert not fits
 
 
 @pytest.mark.parametrize(
