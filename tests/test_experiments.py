@@ -16,6 +16,8 @@ from small import examples, network, write_motion
 
 import diffpose_jax
 from diffpose_jax import aggregation, checkpoints, scalars, training
+from diffpose_jax import results as results_lib
+from diffpose_jax.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS, STEPS_PER_DISPATCH, CHECKPOINT_EVERY = 60, 2, 4
@@ -331,28 +333,34 @@ def test_human36m_from_the_published_file_to_tables(workplace, tmp_path):
     assert counts == [3, 2]
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(1, 1), pytest.param(2, 6, marks=pytest.mark.slow)])
-def test_killed_and_started_again(workplace, run, seed, kills):
-    """Killed when a line that was drawn is written, and up to a tenth of a second later."""
-    workdir = workplace.folder / f"killed{seed}"
+def test_evaluate_with_fewer_steps(workplace, run, tmp_path):
+    data = ("--data_dir", workplace.folder / "data")
+    output = tmp_path / "output"
+    workplace.run("evaluate", "--checkpoint", run, "--solver", "ddim:2", "--output", output, *data)
+    ours, theirs = (
+        read_json(folder / "results.json")["subsets"]["all"] for folder in (output, run)
+    )
+    assert ours["model"]["mpjpe_best"] != theirs["model"]["mpjpe_best"]
+    assert ours["regression"] == theirs["regression"]
+    with pytest.raises(ConfigError, match=r"config\.evaluation\.solver: .* not 'euler'"):
+        results_lib.evaluate_run(run, output, solver="euler")
+
+
+def test_killed_and_started_again(workplace, run):
+    """Once, when a line that was drawn is written; test_interruption.py kills at any moment."""
+    workdir = workplace.folder / "killed"
     metrics = workdir / "metrics.jsonl"
-    rng = np.random.default_rng(seed)
-    steps = np.arange(STEPS_PER_DISPATCH, NUM_STEPS, STEPS_PER_DISPATCH)
-    resumed = []
-    for step in np.sort(rng.choice(steps, kills, replace=False)):
-        process = workplace.start("train", *workplace.training(workdir))
-        while process.poll() is None:
-            lines = scalars.read_scalars(metrics)
-            if lines and lines[-1]["step"] >= step:
-                break
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        saved = (workdir / "checkpoints").iterdir()
-        resumed.append(max((int(p.name) for p in saved if p.name.isdigit()), default=0))
-    print(f"killed with checkpoints of the steps {resumed}")
-    assert resumed[0] < NUM_STEPS
+    step = np.random.default_rng(1).choice(np.arange(STEPS_PER_DISPATCH, NUM_STEPS))
+    process = workplace.start("train", *workplace.training(workdir))
+    while process.poll() is None:
+        lines = scalars.read_scalars(metrics)
+        if lines and lines[-1]["step"] >= step:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(saved, default=0) < NUM_STEPS
     workplace.run("train", *workplace.training(workdir))
     assert_same_runs(run, workdir)
 

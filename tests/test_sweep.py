@@ -108,6 +108,7 @@ def test_configurations_that_differ_in_more_do_not(field):
     ("spec", "problem"),
     [
         ("configs/nothing.py", "there is no file configs/nothing.py"),
+        ("README.md", "README.md is not a Python file"),
         ("configs/ablations.py:without_luck", "'without_luck' is no ablation; take"),
         ("configs/ablations.py", "configs/ablations.py: .*missing 1 required"),
         ("configs/h36m.py:full", "configs/h36m.py:full: .*takes 0 positional"),
