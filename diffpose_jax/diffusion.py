@@ -218,7 +218,7 @@ def reverse_steps(schedule: Schedule, solver: str = "ddpm") -> ReverseSteps:
     Args:
       schedule: the noise schedule.
       solver: "ddpm" for the paper's T steps; "ddpm:8", "ddim:8" or "dpm++:8" for fewer, evenly
-        spread from where `MAX_GAIN` says down to t = 0.
+        spread from where `MAX_GAIN` says, the last leading to x_0.
 
     Raises:
       ValueError: for an unknown solver, or a number of steps that the schedule has not.
@@ -228,7 +228,9 @@ def reverse_steps(schedule: Schedule, solver: str = "ddpm") -> ReverseSteps:
     if solver == "ddpm":
         times = np.arange(schedule.num_steps)[::-1]
     elif name in _SOLVERS and number.isdecimal() and 1 <= int(number) <= len(few):
-        times = np.round(np.linspace(few[-1], 0, int(number))).astype(int)
+        # From the last step's time straight to x_0: a step more than where t = 0 is the last.
+        left = np.arange(int(number), 0, -1)
+        times = -(-len(few) * left // int(number)) - 1
     else:
         raise ValueError(
             f"the solver must be 'ddpm', or {' or '.join(_SOLVERS)} with 1 to {len(few)} steps,"

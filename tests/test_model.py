@@ -11,7 +11,7 @@ import pytest
 from small_model import random_heatmaps, small_config, small_network
 
 from diffpose_jax import config as config_lib
-from diffpose_jax import diffusion, heatmaps, model
+from diffpose_jax import diffusion, heatmaps, model, sampling
 from diffpose_jax.skeleton import H36M_JOINTS
 
 TRUTH = np.load(Path(__file__).parent / "golden" / "metrics_case.npz")["gt_mm"]
@@ -173,6 +173,34 @@ def test_images_are_spread_over_devices_remainders_included(changes):
         poses_mm = small.sample(key, maps[:number], 7)
         assert poses_mm.shape == (number, 7, 17, 3)
         np.testing.assert_allclose(poses_mm, expected[:number], atol=0.1)
+
+
+@pytest.mark.parametrize("changes", [{}, PER_HYPOTHESIS], ids=str)
+def test_the_fast_way_is_the_plain_one(changes):
+    """To 1e-5 of the deviation: one hypothesis after the other, one step after the other."""
+    small, key, number = small_model(**changes), jax.random.key(5), 4
+    network, params, maps = small.network, small.params, jnp.asarray(random_heatmaps(6, 3))
+    schedule, fast = network.schedule, np.float64(small.sample(key, maps, number))
+    denoise = jax.jit(network.denoise)
+    plain = np.zeros_like(fast)
+    for image, image_key in enumerate(sampling.image_keys(key, maps)):
+        candidate_key, noise_key = jax.random.split(image_key)
+        for m in range(number):
+            own = jax.random.fold_in(candidate_key, m) if changes else candidate_key
+            condition = network.condition(params, network.draw_evidence(own, maps[image]))
+            projected = network.project_condition(params, condition)
+            noise = jax.random.normal(
+                jax.random.fold_in(noise_key, m), (schedule.num_steps + 1, 48)
+            )
+            x = np.float64(noise[0])
+            for i, t in enumerate(reversed(range(schedule.num_steps))):
+                eps = np.float64(denoise(params, jnp.float32(x), jnp.int32(t), projected))
+                a = schedule.alphas_cumprod[t]
+                x_0 = np.clip((x - np.sqrt(1 - a) * eps) / np.sqrt(a), -network.clip, network.clip)
+                x = schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x
+                x = x + np.sqrt(schedule.posterior_variance[t]) * np.float64(noise[i + 1])
+            plain[image, m] = model.vector_to_pose(jnp.float32(x), network.pose_scale)
+    assert np.sqrt(np.mean((fast - plain) ** 2)) < 1e-5 * fast.std()
 
 
 def test_more_images_than_fit_are_taken_in_turn(monkeypatch):
