@@ -228,7 +228,7 @@ def reverse_steps(schedule: Schedule, solver: str = "ddpm") -> ReverseSteps:
     if solver == "ddpm":
         times = np.arange(schedule.num_steps)[::-1]
     elif name in _SOLVERS and number.isdecimal() and 1 <= int(number) <= len(few):
-        # From the last step's time straight to x_0: a step more than where t = 0 is the last.
+        # To end with t = 0 would spend a step where next to nothing is left to do.
         left = np.arange(int(number), 0, -1)
         times = -(-len(few) * left // int(number)) - 1
     else:

@@ -290,6 +290,7 @@ class DetectionsBuilder(FileReaderBuilder):
                             columns, records = self._encode(chunk)
                             writers[part.name].write(columns, records)
                             examples.update(len(columns["pose_mm"]))
+                    del chunk  # or it would stay in memory until the next one has come
             finally:
                 for writer in writers.values():
                     writer.discard()
