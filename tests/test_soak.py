@@ -21,8 +21,8 @@ from diffpose_jax.data import pipeline
 MEMORY_MB = 150
 """Bound of the growth between the second and the last quarter of the rounds.
 
-In 2 minutes the memory goes up and down by 75 MB, in 30 minutes (313 rounds) it grew by 74 MB, 0.5 a
-round. What this is to find is what a round must not leave behind: executables, 80 MB and more.
+In 2 minutes the memory goes up and down by 75 MB, in 30 minutes (313 rounds) it grew by 74 MB, 0.5
+a round. What this is to find is what a round must not leave behind: executables, 80 MB and more.
 """
 OF_PROCESS = Path("/proc/self")
 
