@@ -31,6 +31,10 @@ Evidence = HeatmapSamples | Array
 MAX_IMAGES = 64
 """Images that `Model.sample` works on at a time, on each device."""
 
+PER_PASS_ON_CPU, PER_PASS = 200, 64 * 200
+"""Hypotheses that are denoised together: the activations of 200 fit a CPU's cache and those of many
+do not; other devices want work for all of their cores."""
+
 POSE_SIZE = 3 * (NUM_JOINTS - 1)
 """Length of a pose vector: 16 joints, without the hip."""
 
@@ -245,14 +249,12 @@ class DiffPose:
             batch * num_hypotheses,
             num_images * num_hypotheses,
         )
-        # On a CPU the activations of 200 fit the cache and those of many do not; other devices
-        # want work for all of their cores, but for the conditions of so many hypotheses they may
-        # have no memory. Which of them it will be, only the lowering knows.
+        # For the conditions of very many hypotheses a device may have no memory.
+        per_pass = PER_PASS // 8 if self.candidates_per_hypothesis else PER_PASS
+        # Which platform it will be, only the lowering knows.
         vectors = jax.lax.platform_dependent(
-            cpu=functools.partial(draw, per_pass=200),
-            default=functools.partial(
-                draw, per_pass=1_600 if self.candidates_per_hypothesis else 64 * 200
-            ),
+            cpu=functools.partial(draw, per_pass=PER_PASS_ON_CPU),
+            default=functools.partial(draw, per_pass=per_pass),
         )
         vectors = vectors.reshape(batch, num_hypotheses, POSE_SIZE)
         return vector_to_pose(vectors, self.pose_scale)

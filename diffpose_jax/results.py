@@ -75,7 +75,7 @@ def evaluate_run(
     config = model.config
     protocol = protocol or config
     settings = protocol.evaluation
-    model = dataclasses.replace(model, solver=solver or settings.get("solver", "ddpm"))
+    model = dataclasses.replace(model, solver=solver or settings.get("solver", model.solver))
     try:
         diffusion.reverse_steps(model.network.schedule, model.solver)
     except ValueError as error:

@@ -40,7 +40,7 @@ from jax import Array
 import experiments
 from configs import h36m
 from diffpose_jax import config as config_lib
-from diffpose_jax import files, metrics, training
+from diffpose_jax import diffusion, files, metrics, training
 from diffpose_jax import model as model_lib
 from diffpose_jax.data import detections, mocap, motion, pipeline, simulator
 from diffpose_jax.data.detections import Part
@@ -72,19 +72,35 @@ def report(**figures: Any) -> None:
     print(json.dumps(rounded), flush=True)
 
 
+def report_beside_floor(
+    part: str, compile_seconds: float, seconds: float, floor: float, **figures: Any
+) -> None:
+    """Prints a line with a time, its floor, that of the compilation and the memory so far."""
+    report(
+        part=part,
+        **figures,
+        seconds=seconds,
+        floor_seconds=floor,
+        efficiency=floor / seconds,
+        compile_seconds=compile_seconds,
+        peak_memory_mb=peak_memory_mb(),
+    )
+
+
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:
     """Median time of a call, after one that is not counted."""
-    return first_and_median_seconds(function, repeats)[1]
+    return compile_and_median_seconds(function, repeats)[1]
 
 
-def first_and_median_seconds(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Time of the first call, with its compilation, and the median of the next ones."""
+def compile_and_median_seconds(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """What the first call takes longer than the median of the next ones, and that median."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < 1 + repeats and times[-1] < _LONG_SECONDS):
         start = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
-    return times[0], float(np.median(times[1:]))
+    median = float(np.median(times[1:]))
+    return times[0] - median, median
 
 
 Product = tuple[int, int, int]
@@ -165,34 +181,25 @@ def sample() -> None:
     """Sampling at full size."""
     rng, key = np.random.default_rng(0), jax.random.key(0)
     is_cpu = jax.default_backend() == "cpu"
+    most_per_pass = model_lib.PER_PASS_ON_CPU if is_cpu else model_lib.PER_PASS
     for dtype in DTYPES.value:
         config, network = _full_size(dtype)
-        model = model_lib.Model(network, jax.jit(network.init)(key), config)
+        model = model_lib.Model(network, network.init(key), config)
         for size in SIZES.value:
             images, number = map(int, size.split("x"))
             shape = (images, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
             maps = rng.random(shape, np.float32)
             for solver in SOLVERS.value:
                 call = functools.partial(model.sample, key, maps, number, solver)
-                first, seconds = first_and_median_seconds(call, 5)
-                steps = 25 if solver == "ddpm" else int(solver.partition(":")[2])
-                per_pass = min(200 if is_cpu else 12_800, images * number)
+                compiling, seconds = compile_and_median_seconds(call, 5)
+                steps = diffusion.reverse_steps(network.schedule, solver).num_steps
+                per_pass = min(most_per_pass, images * number)
                 passes = images * number / per_pass
                 floor = total_seconds(condition_products(config.model, images), dtype)
                 step = total_seconds(denoiser_products(config.model, per_pass), dtype)
                 floor += passes * steps * step
-                report(
-                    part="sample",
-                    dtype=dtype,
-                    images=images,
-                    hypotheses=number,
-                    solver=solver,
-                    seconds=seconds,
-                    floor_seconds=floor,
-                    efficiency=floor / seconds,
-                    compile_seconds=first - seconds,
-                    peak_memory_mb=peak_memory_mb(),
-                )
+                what = {"images": images, "hypotheses": number, "solver": solver}
+                report_beside_floor("sample", compiling, seconds, floor, dtype=dtype, **what)
         report(part="sample", dtype=dtype, **_errors(key, model, rng))
 
 
@@ -227,22 +234,16 @@ def train() -> None:
     for dtype in DTYPES.value:
         for batch_size in sizes:
             steps = 10 if is_cpu else max(10, 12_800 // batch_size)
-            compile_seconds, seconds, scalars = _step_seconds(dtype, batch_size, steps, held)
-            report(
-                part="train",
-                dtype=dtype,
-                batch=batch_size,
-                seconds=seconds,
-                **_train_floor(dtype, batch_size, seconds),
-                compile_seconds=compile_seconds,
-                peak_memory_mb=peak_memory_mb(),
-                finite=bool(np.isfinite(scalars.loss).all()),
-            )
+            compiling, seconds = _step_seconds(dtype, batch_size, steps, held)
+            products, traffic = _train_floor(dtype, batch_size)
+            what = {"batch": batch_size, "floor_products": products, "floor_traffic": traffic}
+            floor = products + traffic
+            report_beside_floor("train", compiling, seconds, floor, dtype=dtype, **what)
 
 
 def _step_seconds(
     dtype: str, batch_size: int, steps: int, held: pipeline.HeldData
-) -> tuple[float, float, training.StepScalars]:
+) -> tuple[float, float]:
     """Seconds of the compilation and of a step, as the training program runs it on one device."""
     config, network = _full_size(dtype)
     config.training.batch_size = batch_size
@@ -258,18 +259,12 @@ def _step_seconds(
     key = jax.random.key(0)
     state = jax.jit(trainer.init)(key)
     dispatches = training.run(trainer, state, key, selections(), device, held)
-    seen = []
-
-    def dispatch() -> training.TrainState:
-        state, scalars = next(dispatches)
-        seen.append(scalars)
-        return state
-
-    first, seconds = first_and_median_seconds(dispatch, 5)
-    return first - seconds, seconds / steps, seen[-1]
+    compiling, seconds = compile_and_median_seconds(lambda: next(dispatches)[0], 5)
+    return compiling, seconds / steps
 
 
-def _train_floor(dtype: str, batch_size: int, seconds: float) -> dict[str, float]:
+def _train_floor(dtype: str, batch_size: int) -> tuple[float, float]:
+    """Seconds of a step's products, and of what it must read and write."""
     config, network = _full_size(dtype)
     encoder = condition_products(config.model, batch_size)
     denoiser = denoiser_products(config.model, batch_size)
@@ -281,13 +276,7 @@ def _train_floor(dtype: str, batch_size: int, seconds: float) -> dict[str, float
     # Adam reads the gradient, two moments and the parameter, and writes the last three.
     moved = 7 * 4 * sum(x.size for x in jax.tree.leaves(params))
     moved += batch_size * NUM_HEATMAPS * HEATMAP_SIZE**2 * 2  # the heatmaps, float16
-    product_floor, traffic = total_seconds(products, dtype), moved / bytes_per_second()
-    return {
-        "floor_seconds": product_floor + traffic,
-        "floor_products": product_floor,
-        "floor_traffic": traffic,
-        "efficiency": (product_floor + traffic) / seconds,
-    }
+    return total_seconds(products, dtype), moved / bytes_per_second()
 
 
 def measure_metrics() -> None:
@@ -298,21 +287,14 @@ def measure_metrics() -> None:
     hypotheses_mm, truth_mm = jnp.asarray(truth[:, None] + noise), jnp.asarray(truth)
     compute = jax.jit(metrics.MetricSums.compute)
     weights = jnp.ones(frames, bool)
-    first, seconds = first_and_median_seconds(lambda: compute(hypotheses_mm, truth_mm, weights), 5)
+    compiling, seconds = compile_and_median_seconds(
+        lambda: compute(hypotheses_mm, truth_mm, weights), 5
+    )
     # The energy score's distances between hypotheses outweigh all else: a square root and eight
     # other operations for each joint of each pair.
     pairs = frames * NUM_JOINTS * number * (number - 1) / 2
     floor = pairs / _distances_per_second()
-    report(
-        part="metrics",
-        images=frames,
-        hypotheses=number,
-        seconds=seconds,
-        floor_seconds=floor,
-        efficiency=floor / seconds,
-        compile_seconds=first - seconds,
-        peak_memory_mb=peak_memory_mb(),
-    )
+    report_beside_floor("metrics", compiling, seconds, floor, images=frames, hypotheses=number)
 
 
 def _distances_per_second() -> float:
@@ -379,7 +361,7 @@ def data() -> None:
 
         seconds = median_seconds(read, 5)
     read_rate = _BATCH_SIZE * _STEPS / 4 / seconds
-    _, step, _ = _step_seconds("float32", _BATCH_SIZE, 10, _synthetic_examples(1_024))
+    _, step = _step_seconds("float32", _BATCH_SIZE, 10, _synthetic_examples(1_024))
     report(
         part="data",
         examples=EXAMPLES.value,

@@ -47,12 +47,11 @@ def main(_: list[str]) -> None:
     model = checkpoints.load(CHECKPOINT.value, WEIGHTS.value)
     sampler = None
     if STABLEHLO.value:
-        evaluation = model.config.evaluation
         # Before anything is written: what is wrong with the flags is said here.
         sampler = stablehlo.build(
             model,
-            NUM_HYPOTHESES.value or evaluation.num_hypotheses,
-            SOLVER.value or evaluation.get("solver", "ddpm"),
+            NUM_HYPOTHESES.value or model.config.evaluation.num_hypotheses,
+            SOLVER.value or model.solver,
         )
     checkpoints.export(model, output)
     calibration = Path(CHECKPOINT.value) / aggregation.CALIBRATIONS

@@ -8,10 +8,19 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # In the programs that tests start, what a user would be warned of is an error.
 os.environ["PYTHONWARNINGS"] = "error,ignore::DeprecationWarning"
 
+import jax
 import pytest
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """The tests' time is the compiler's; what it optimises does not matter to them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_addoption(parser):

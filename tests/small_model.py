@@ -1,5 +1,8 @@
 """The paper's network with every size cut down, so that a test takes a second."""
 
+import functools
+
+import jax
 import numpy as np
 
 from configs import h36m
@@ -25,6 +28,18 @@ def small_config(**changes):
 
 def small_network(**changes):
     return config_lib.call(model.build, small_config(**changes).model, "config.model")
+
+
+@functools.cache
+def small_model(**changes):
+    """With parameters drawn so that every layer's outputs are of the size of its inputs."""
+    network = small_network(**changes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: np.float32(rng.normal(0, p.shape[0] ** -0.5, p.shape)),
+        jax.eval_shape(network.init, jax.random.key(0)),
+    )
+    return model.Model(network=network, params=params, config=small_config(**changes))
 
 
 def random_heatmaps(seed, num_images):

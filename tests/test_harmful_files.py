@@ -151,6 +151,12 @@ def released_file(path):
     return path
 
 
+def annotations_file(folder):
+    folder.mkdir()
+    write_mat(folder / "annot_data.mat", arrays(folder.name))
+    return folder / "annot_data.mat"
+
+
 def linked(file, name, other, how):
     """Puts what another file holds in the place of a data set."""
     del file[name]
@@ -185,10 +191,7 @@ def test_hdf5_leads_to_no_other_file(tmp_path, how):
 
 def test_hdf5_with_its_numbers_in_another_file(tmp_path):
     (tmp_path / "secret").write_bytes(b"s" * 24)
-    folder = tmp_path / "TS1"
-    folder.mkdir()
-    path = folder / "annot_data.mat"
-    write_mat(path, arrays("TS1"))
+    path = annotations_file(tmp_path / "TS1")
     with h5py.File(path, "r+") as file:
         del file["valid_frame"]
         file.create_dataset("valid_frame", (3, 1), "f8", external=[(tmp_path / "secret", 0, 24)])
@@ -353,10 +356,7 @@ def test_hdf5_with_rows_that_are_not_there(tmp_path, little_memory):
         released.check(path, "standard")
     with pytest.raises(ValueError, match="it is not whole"):
         released.pieces(path, "standard", "test")
-    folder = tmp_path / "TS1"
-    folder.mkdir()
-    path = folder / "annot_data.mat"
-    write_mat(path, arrays("TS1"))
+    path = annotations_file(tmp_path / "TS1")
     with h5py.File(path, "r+") as file:
         del file["annot2"]
         file.create_dataset("annot2", (10**8, 1, 17, 2), "f8", chunks=(100, 1, 17, 2))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import random_heatmaps, small_config, small_network
+from small_model import random_heatmaps, small_config, small_model, small_network
 
 from diffpose_jax import config as config_lib
 from diffpose_jax import diffusion, heatmaps, model, sampling
@@ -18,23 +18,7 @@ TRUTH = np.load(Path(__file__).parent / "golden" / "metrics_case.npz")["gt_mm"]
 PER_HYPOTHESIS = {"candidates": "per_hypothesis"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The tests' time is the compiler's; what it optimises does not matter to them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@functools.cache
-def small_model(**changes):
-    network = small_network(**changes)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda p: np.float32(rng.normal(0, p.shape[0] ** -0.5, p.shape)),
-        jax.eval_shape(network.init, jax.random.key(0)),
-    )
-    return model.Model(network=network, params=params, config=small_config(**changes))
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # --- pose vectors ------------------------------------------------------------------------

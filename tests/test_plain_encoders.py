@@ -13,12 +13,7 @@ from diffpose_jax.plain_encoders import CandidateVector, HeatmapResNet
 B, S, J = 3, 5, 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The tests' time is the compiler's; what it optimises does not matter to them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_samples(seed, dtypes=(np.int32, np.float32)):

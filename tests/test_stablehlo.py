@@ -15,9 +15,9 @@ import programs
 import pytest
 from absl import app
 from jax import export
-from small_model import random_heatmaps, small_config, small_network
+from small_model import random_heatmaps, small_model, small_network
 
-from diffpose_jax import checkpoints, extras, files, model, stablehlo
+from diffpose_jax import checkpoints, extras, files, stablehlo
 from diffpose_jax.checkpoints import CheckpointError
 from diffpose_jax.config import ConfigError
 from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
@@ -27,21 +27,7 @@ BATCHES = (1, 3, 70)
 SEED = 2**32 - 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def small_model(**changes):
-    network = small_network(**changes)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda p: np.float32(rng.normal(0, p.shape[0] ** -0.5, p.shape)),
-        jax.eval_shape(network.init, jax.random.key(0)),
-    )
-    return model.Model(network=network, params=params, config=small_config(**changes))
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,7 @@ KEY = jax.random.key(1)
 STEPS, BATCH_SIZE = 3, 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The tests' time is the compiler's; what it optimises does not matter to them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def make_trainer(model_changes=(), **changes):
