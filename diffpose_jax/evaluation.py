@@ -175,23 +175,26 @@ def fit_calibration(
       max_frames: at most so many frames are taken, evenly spread.
     """
     uncalibrated = aggregation.uncalibrated(level)
-
-    @jax.jit
-    def chosen_and_radius(hypotheses_mm: Array, maps: Array) -> tuple[Array, Array]:
-        chosen_mm = aggregation.aggregate(pose, hypotheses_mm, maps)
-        return chosen_mm, aggregation.radius(hypotheses_mm, chosen_mm, uncalibrated)
-
     number = min(len(held_out), max_frames)
     rows = np.linspace(0, len(held_out) - 1, number).astype(int)
     parts = []
     for start in tqdm(range(0, number, batch_size), desc="calibrating", unit=" batches"):
         padded = np.resize(rows[start : start + batch_size], batch_size)
         maps = jnp.asarray(held_out.heatmaps(padded))
-        found = chosen_and_radius(model.sample(key, maps, num_hypotheses), maps)
+        hypotheses_mm = model.sample(key, maps, num_hypotheses)
+        found = _chosen_and_radius(hypotheses_mm, maps, uncalibrated, pose)
         parts.append(jax.device_get(found))
     chosen_mm, radii_mm = (np.concatenate(part)[:number] for part in zip(*parts, strict=True))
     distances_mm = np.linalg.norm(chosen_mm - held_out.pose_mm[rows], axis=-1)
     return aggregation.fit_calibration(distances_mm, radii_mm, level, held_out.clips[rows])
+
+
+@functools.partial(jax.jit, static_argnames="pose")
+def _chosen_and_radius(
+    hypotheses_mm: Array, maps: Array, calibration: Calibration, pose: str
+) -> tuple[Array, Array]:
+    chosen_mm = aggregation.aggregate(pose, hypotheses_mm, maps)
+    return chosen_mm, aggregation.radius(hypotheses_mm, chosen_mm, calibration)
 
 
 def evaluate(

@@ -13,6 +13,7 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -527,6 +528,25 @@ def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -
     )
 
 
+def opened(folder: str | Path) -> tfds.core.DatasetBuilder:
+    """The builder of a prepared data set, from its folder (`builder.data_dir`).
+
+    Raises:
+      FileNotFoundError: if there is no prepared data set.
+    """
+    folder = Path(folder).absolute()
+    info = folder / "dataset_info.json"
+    if not info.exists():
+        raise FileNotFoundError(f"{folder} holds no prepared data set; prepare it first")
+    return _opened(folder, info.stat().st_mtime_ns)
+
+
+@functools.cache
+def _opened(folder: Path, _written_ns: int) -> tfds.core.DatasetBuilder:
+    """One for each data set, written once: TFDS keeps every builder for as long as Python runs."""
+    return tfds.builder_from_directory(folder)
+
+
 def read(
     prepared: tfds.core.DatasetBuilder | str | Path, split: str
 ) -> tuple[Columns, Callable[[np.ndarray], np.ndarray]]:
@@ -545,9 +565,7 @@ def read(
       ValueError: if it has no such split, or is damaged.
     """
     folder = Path(prepared if isinstance(prepared, str | Path) else prepared.data_dir)
-    if not (folder / "dataset_info.json").exists():
-        raise FileNotFoundError(f"{folder} holds no prepared data set; prepare it first")
-    builder = tfds.builder_from_directory(folder) if isinstance(prepared, str | Path) else prepared
+    builder = opened(folder)
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no split {split!r}, but {', '.join(builder.info.splits)}")
     info = builder.info.splits[split]
@@ -595,9 +613,10 @@ def fingerprint(prepared: str | Path) -> str:
       prepared: its folder.
 
     Raises:
+      FileNotFoundError: if there is no prepared data set.
       ValueError: if an example is damaged.
     """
-    builder = tfds.builder_from_directory(prepared)
+    builder = opened(prepared)
     digest = hashlib.sha256()
     for split, info in sorted(builder.info.splits.items()):
         digest.update(f"{split} {info.num_examples} {info.num_bytes}\0".encode())

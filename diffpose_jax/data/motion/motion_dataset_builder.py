@@ -333,8 +333,10 @@ def _disturb(rng: np.random.Generator, crop: cameras.Crop, config: CropConfig) -
     return cameras.Crop(np.round(centre - side[:, None] / 2), side)
 
 
-def prepare(config: ml_collections.ConfigDict, data_dir: str | Path | None = None) -> Motion:
-    """Gives the builder of a configuration, after writing its data set if that is not there yet.
+def prepare(
+    config: ml_collections.ConfigDict, data_dir: str | Path | None = None
+) -> tfds.core.DatasetBuilder:
+    """Opens the data set of a configuration, after writing it if it is not there yet.
 
     A second process that prepares the same waits for the first.
 
@@ -351,18 +353,16 @@ def prepare(config: ml_collections.ConfigDict, data_dir: str | Path | None = Non
     """
     made = builder_config(config)
 
-    def builder() -> Motion:
-        return Motion(config=made, data_dir=data_dir, file_format="array_record")
-
-    with detections.quiet_tfds():
-        folder = Path(builder().data_dir)
+    base = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    folder = base / Motion.name / made.name / str(Motion.VERSION)
     with detections.preparing(folder):
-        prepared = builder()  # it looks for its data set now that it is its turn
-        prepared.download_and_prepare()
-    return prepared
+        if not folder.exists():
+            builder = Motion(config=made, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+    return detections.opened(folder)
 
 
-def read_all(builder: Motion, split: str) -> dict[str, np.ndarray]:
+def read_all(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.ndarray]:
     """Reads a whole split into memory without rendering it.
 
     Args:
