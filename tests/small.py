@@ -1,5 +1,8 @@
 """A model, examples and a configuration small enough for tests."""
 
+import functools
+
+import jax
 import ml_collections
 import numpy as np
 
@@ -55,6 +58,39 @@ def model_of(config, key):
     return model.Model(network=net, params=net.init(key), config=config)
 
 
+def distinct_config(**changes):
+    """The paper's configuration with small sizes, no two of them equal: a wrong axis shows."""
+    config = h36m.get_config()
+    config.model.update(
+        num_samples=6,
+        num_kernels=8,
+        encoder_layers=1,
+        encoder_feed_forward=24,
+        condition_size=20,
+        denoiser_width=32,
+        denoiser_blocks=1,
+        diffusion_steps=5,
+    )
+    config.model.update(changes)
+    return config
+
+
+def small_network(**changes):
+    return network(distinct_config(**changes))
+
+
+@functools.cache
+def small_model(**changes):
+    """With parameters drawn so that every layer's outputs are of the size of its inputs."""
+    network = small_network(**changes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: np.float32(rng.normal(0, p.shape[0] ** -0.5, p.shape)),
+        jax.eval_shape(network.init, jax.random.key(0)),
+    )
+    return model.Model(network=network, params=params, config=distinct_config(**changes))
+
+
 def examples(seed, number, wide=()):
     """Poses at random and one mode for each joint at random; wide ones in the rows `wide`."""
     rng = np.random.default_rng(seed)
@@ -70,6 +106,17 @@ def examples(seed, number, wide=()):
         names=np.array([f"clip {row}" for row in range(number)]),
         heatmaps=lambda rows: maps[rows],
     )
+
+
+def random_heatmaps(seed, num_images):
+    """Blobs of varied place, width and height on noise around 0: (B, 16, 64, 64) float32."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.uniform(5, 59, (2, num_images, 16, 1, 1))
+    width = rng.uniform(1, 6, (num_images, 16, 1, 1))
+    height = rng.uniform(0.2, 1, (num_images, 16, 1, 1))
+    cell = np.arange(64)
+    blobs = height * np.exp(-((cell - x) ** 2 + (cell[:, None] - y) ** 2) / (2 * width**2))
+    return np.float32(blobs + rng.normal(0, 0.01, blobs.shape))
 
 
 def write_motion(folder):

@@ -14,7 +14,7 @@ import numpy as np
 import programs
 import pytest
 from seeded_weights import seeded_weights
-from small_model import small_config, small_network
+from small import distinct_config, small_network
 
 import diffpose_jax
 from configs import h36m_released
@@ -232,7 +232,7 @@ def small_file(tmp_path_factory):
 
 def error_of(path, output, weights="raw", config=None):
     with pytest.raises(WeightsError) as error:
-        convert(path, output, weights, config or small_config())
+        convert(path, output, weights, config or distinct_config())
     assert str(path) in str(error.value)
     assert not output.exists()
     return str(error.value)
@@ -261,11 +261,11 @@ def test_a_wrong_tensor_is_named(small_file, tmp_path, weights, changes, problem
     torch.save(content, path)
     assert problem in error_of(path, tmp_path / "output", weights)
     other = {"raw": "ema", "ema": "raw"}[weights]  # which is whole
-    convert(path, tmp_path / "output", other, small_config())
+    convert(path, tmp_path / "output", other, distinct_config())
 
 
 def test_another_configuration(small_file, tmp_path):
-    config = small_config(denoiser_width=24, encoder_layers=2)
+    config = distinct_config(denoiser_width=24, encoder_layers=2)
     message = error_of(small_file, tmp_path / "output", config=config)
     assert "tensor denoise_fn.upscale.bias is (32,), not (24,)" in message
     assert "missing tensor condition_emb.transformer.layers.1.norm1.bias" in message
@@ -277,8 +277,8 @@ def test_a_state_dict_alone(small_file, tmp_path):
     path = tmp_path / "plain.pt"
     torch.save(content["model"], path)
     assert "holds no ema weights" in error_of(path, tmp_path / "output", "ema")
-    convert(path, tmp_path / "output", "raw", small_config())
-    convert(small_file, tmp_path / "whole", "raw", small_config())
+    convert(path, tmp_path / "output", "raw", distinct_config())
+    convert(small_file, tmp_path / "whole", "raw", distinct_config())
     plain, whole = (checkpoints.load(tmp_path / name).params for name in ("output", "whole"))
     jax.tree.map(np.testing.assert_array_equal, plain, whole)
 
@@ -346,7 +346,7 @@ def test_code_in_a_file_does_not_run(tmp_path, write):
 
 def test_nothing_is_overwritten(small_file, tmp_path):
     with pytest.raises(CheckpointError, match="there already"):
-        convert(small_file, tmp_path, "raw", small_config())
+        convert(small_file, tmp_path, "raw", distinct_config())
     assert not list(tmp_path.iterdir())
 
 
@@ -374,7 +374,7 @@ def test_hrnet_becomes_a_detector(hrnet_tensors, tmp_path, layout):
     path, output = tmp_path / "pose_hrnet_w32_256x256.pth", tmp_path / "hrnet"
     tensors = tensors_of(hrnet_tensors)
     torch.save({"plain": tensors, "net": {"epoch": 12, "net": tensors}}[layout], path)
-    what, unused = convert(path, output, "raw", small_config())
+    what, unused = convert(path, output, "raw", distinct_config())
     assert (what, unused) == ("the detector HRNet-W32", [])
     found = detectors.load(output).params
     kernel = hrnet_tensors["final_layer.weight"].transpose(2, 3, 1, 0)

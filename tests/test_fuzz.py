@@ -36,7 +36,7 @@ from human36m_files import (
 )
 from motion_files import CMU_BONES, CMU_HIERARCHY, amc_text, asf_text, cmu_frame
 from PIL import Image
-from small_model import small_config, small_network
+from small import distinct_config, small_network
 from test_mpi_inf_3dhp import arrays, write_mat
 from test_skeletons import cmu_bvh, lafan1
 from test_tensorflow_js import TENSORS, content, entries
@@ -389,7 +389,7 @@ def small_model():
     network = small_network(**sizes)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), shapes)
-    return model.Model(network, params, small_config(**sizes))
+    return model.Model(network, params, distinct_config(**sizes))
 
 
 @target

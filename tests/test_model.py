@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import random_heatmaps, small_config, small_model, small_network
+from small import distinct_config, random_heatmaps, small_model, small_network
 
 from diffpose_jax import config as config_lib
 from diffpose_jax import diffusion, heatmaps, model, sampling
@@ -328,7 +328,7 @@ def test_a_bad_value_is_named(changes, problem):
 
 
 def test_unknown_and_missing_fields_are_named():
-    config = small_config().model
+    config = distinct_config().model
     config.encoder_layer = config.encoder_layers
     del config.encoder_layers
     problem = r"config\.model: unknown field encoder_layer, missing field encoder_layers"

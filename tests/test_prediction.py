@@ -16,7 +16,7 @@ import programs
 import pytest
 from absl import app
 from PIL import Image
-from small_model import random_heatmaps, small_config, small_network
+from small import distinct_config, random_heatmaps, small_network
 
 from diffpose_jax import (
     aggregation,
@@ -282,7 +282,7 @@ def test_flat_heatmaps_are_nobody(value):
 @pytest.fixture(scope="module")
 def small():
     network = small_network()
-    return model.Model(network, jax.jit(network.init)(jax.random.key(5)), small_config())
+    return model.Model(network, jax.jit(network.init)(jax.random.key(5)), distinct_config())
 
 
 CALIBRATION = aggregation.Calibration(np.linspace(1, 2, 17, dtype=np.float32), 1.0, 0.8, 90, 12)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import random_heatmaps
+from small import random_heatmaps
 
 from diffpose_jax import diffusion, sampling
 

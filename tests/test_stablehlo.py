@@ -15,7 +15,7 @@ import programs
 import pytest
 from absl import app
 from jax import export
-from small_model import random_heatmaps, small_model, small_network
+from small import random_heatmaps, small_model, small_network
 
 from diffpose_jax import checkpoints, extras, files, stablehlo
 from diffpose_jax.checkpoints import CheckpointError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from seeded_weights import seeded_tensor
-from small_model import small_network
+from small import small_network
 
 from configs import h36m
 from diffpose_jax import config as config_lib
