@@ -1,6 +1,7 @@
 """Files made to do harm: to run code, to read or write other files, to fill the memory."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -37,7 +38,7 @@ from diffpose_jax import (
     torch_weights,
 )
 from diffpose_jax.checkpoints import CheckpointError
-from diffpose_jax.data import lsp, mocap
+from diffpose_jax.data import hdf5, lsp, mocap
 from diffpose_jax.data.human36m import flow, raw, released
 from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.detectors import tensorflow_js
@@ -364,6 +365,43 @@ def test_hdf5_with_rows_that_are_not_there(tmp_path, little_memory):
         annotations._read_mat(path)
 
 
+@pytest.mark.parametrize("packing", ["gzip", "lzf"])
+def test_hdf5_chunks_that_unpack_to_much_more(tmp_path, little_memory, packing):
+    path, shape = annotations_file(tmp_path / "TS1"), (1000, 1, 17, 2)
+    # What is no LZF is refused as what is: by its size.
+    packed = zlib.compress(bytes(2_000 * MEBIBYTE), 1) if packing == "gzip" else bytes(7 * MEBIBYTE)
+    with h5py.File(path, "r+") as file:
+        del file["annot2"]
+        storage = {"compression": packing, "shuffle": True, "fletcher32": True}
+        made = file.create_dataset("annot2", shape, "f8", chunks=shape, **storage)
+        made.id.write_direct_chunk((0, 0, 0, 0), packed)
+    with pytest.raises(ValueError, match=r"annot2 is not read, it unpacks to more"):
+        annotations._read_mat(path)
+
+
+def test_large_hdf5_chunks_that_are_honest(tmp_path):
+    path = tmp_path / "a.h5"
+    numbers = np.random.default_rng(0).normal(size=200_000)
+    with h5py.File(path, "w") as file:
+        for storage in ("gzip", "lzf", None):
+            file.create_dataset(
+                str(storage), data=numbers, chunks=numbers.shape, compression=storage
+            )
+        # Two filters that pack, one of what the other made.
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((10,))
+        for _ in range(2):
+            properties.set_filter(h5py.h5z.FILTER_DEFLATE, h5py.h5z.FLAG_OPTIONAL, (1,))
+        space = h5py.h5s.create_simple((10,))
+        h5py.h5d.create(file.id, b"twice", h5py.h5t.NATIVE_DOUBLE, space, properties)
+        file["twice"][...] = 1
+    with hdf5.opened(path, "human36m") as file:
+        for name in ("gzip", "lzf", "None"):
+            np.testing.assert_array_equal(hdf5.dataset(file, name)[:], numbers)
+        with pytest.raises(ValueError, match="twice is not read, it unpacks to more"):
+            hdf5.dataset(file, "twice")
+
+
 def test_matlab_arrays_of_many_numbers(tmp_path, little_memory):
     path = tmp_path / "joints.mat"
     scipy.io.savemat(path, {"joints": np.ones((14, 3, 2))})
@@ -396,6 +434,25 @@ def test_cdf_that_leads_in_circles(tmp_path, little_memory):
     data[first + 12 : first + 20] = first.to_bytes(8, "big")  # the next variable is this one
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.cdf cannot be read as a CDF file: it leads in circ"):
+        raw.read_poses(path, 2)
+
+
+def test_cdf_that_unpacks_to_much_more(tmp_path, little_memory):
+    path = tmp_path / "a.cdf"
+    human36m_files.write_cdf(path, np.zeros((1, 8_000, 64)))
+    whole = path.read_bytes()
+    assert raw.read_poses(path, 2).shape == (8_000, 32, 2)
+    # The block of values is in a record of its own; the index leads to another.
+    record = whole.index(b"\x1f\x8b\x08") - 24
+    assert whole[record + 8 : record + 12] == (13).to_bytes(4, "big")
+    assert whole.count(record.to_bytes(8, "big")) == 1
+    packed = gzip.compress(bytes(400 * MEBIBYTE), 1)
+    bomb = struct.pack(">QIIQ", 24 + len(packed), 13, 0, len(packed)) + packed
+    path.write_bytes(whole.replace(record.to_bytes(8, "big"), len(whole).to_bytes(8, "big")) + bomb)
+    with pytest.raises(ValueError, match=r"a\.cdf unpacks to more than 134,217,728 bytes"):
+        raw.read_poses(path, 2)
+    path.write_bytes(whole[:4] + bytes.fromhex("cccc0001") + b"\0\xff" * 3 * MEBIBYTE)
+    with pytest.raises(ValueError, match=r"a\.cdf is packed as a whole"):
         raw.read_poses(path, 2)
 
 

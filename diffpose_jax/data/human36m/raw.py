@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +47,11 @@ the detector finds. It is tighter: toes, fingers and the nose do not count.
 _FRAMES = 64
 _FARTHEST = 1e6  # millimetres, and pixels
 _MOST_FRAMES = 100_000  # the longest recording has about 6,000
-_MOST_CDF_BYTES = 256 << 20
+_MOST_CDF_BYTES = 128 << 20  # as they are, and unpacked
 _MOST_CALLS = 200_000
+_WHOLE_IS_PACKED = bytes.fromhex("cccc0001")  # the second four bytes, else 0000ffff
+_PIECE_BYTES = 64 << 10
+_MOST_PACKED_CDF_BYTES = 4 << 20  # the packing of runs of zeros makes 128 times as many
 _CDF_NUMBERS = ("CDF_FLOAT", "CDF_DOUBLE", "CDF_REAL4", "CDF_REAL8")
 
 
@@ -193,6 +198,7 @@ def _cdf(path: Path) -> Iterator[Any]:
     try:
         if path.stat().st_size > _MOST_CDF_BYTES:
             raise _NoPosesError(f"{path} is larger than {_MOST_CDF_BYTES:,} bytes.")
+        _check_unpacked(path)
         with _few_calls():
             file = cdflib.CDF(path)
         yield file
@@ -201,6 +207,26 @@ def _cdf(path: Path) -> Iterator[Any]:
     # A damaged file makes the parser fail in any way.
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a CDF file: {str(error)[:300]}") from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuses what would fill the memory: cdflib unpacks blocks to whatever their bytes say."""
+    data = path.read_bytes()
+    if data[4:8] == _WHOLE_IS_PACKED and len(data) > _MOST_PACKED_CDF_BYTES:
+        raise _NoPosesError(
+            f"{path} is packed as a whole, and larger than {_MOST_PACKED_CDF_BYTES:,} bytes; unpack"
+            " it with the CDF toolkit's cdfconvert."
+        )
+    room = _MOST_CDF_BYTES
+    for block in re.finditer(rb"\x1f\x8b\x08", data):  # how gzip begins
+        unpack = zlib.decompressobj(wbits=31)
+        with contextlib.suppress(zlib.error):  # it was chance, or reading will tell
+            for start in range(block.start(), len(data), _PIECE_BYTES):
+                room -= len(unpack.decompress(data[start : start + _PIECE_BYTES]))
+                if room < 0:
+                    raise _NoPosesError(f"{path} unpacks to more than {_MOST_CDF_BYTES:,} bytes.")
+                if unpack.eof:
+                    break
 
 
 def _count_poses(file: Any, path: Path, dimensions: int) -> int:
