@@ -10,13 +10,14 @@ CRC-32C sums of its index, not of the arrays' bytes, and none of its JSON files:
 weight comes back as another weight. Hence the sums in `metadata`, of each array and of the metadata
 itself, that are checked whenever something is read.
 
-Trees are read by `PyTreeRestore`: `StandardRestore` opens every array a second time, for a
-description that is not needed, of which TensorStore's `to_json` never frees the strings.
+Nor is the size of an array bounded by the files': a few bytes can say that it is zero all over. So
+shapes and chunks are compared with what is expected before anything is read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -178,14 +180,10 @@ class RunCheckpoints:
         saved = _read_metadata(folder)
         _check_same(saved["config"], self._config.to_dict(), self._directory)
         self._data_fingerprint = saved.get("data_fingerprint", "")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items: dict[str, Any] = {
-            _PARAMS: ocp.args.PyTreeRestore(abstract.params),
-            _OPTIMIZER: ocp.args.PyTreeRestore(_optimizer_item(abstract)),
-        }
+        expected = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
         if state.ema is not None:
-            items[_EMA] = ocp.args.PyTreeRestore(abstract.ema)
-        restored = _read(folder, items)
+            expected[_EMA] = state.ema
+        restored = _read_trees(folder, expected)
         _check_sums(folder, restored, saved)
         return training.TrainState(
             step=restored[_OPTIMIZER]["step"],
@@ -252,9 +250,9 @@ def load(checkpoint: str | Path, weights: str | None = None) -> model_lib.Model:
     item = _ITEM_OF_WEIGHTS[weights] if (folder / _OPTIMIZER).is_dir() else _PARAMS
     if not (folder / item).is_dir():
         raise CheckpointError(f"{folder} holds no {weights} weights")
-    params = _read(folder, {item: ocp.args.PyTreeRestore()})[item]
+    expected = jax.eval_shape(network.init, jax.random.key(0))
+    params = _read_trees(folder, {item: expected})[item]
     _check_sums(folder, {item: params}, metadata)
-    _check_shapes(params, jax.eval_shape(network.init, jax.random.key(0)), folder)
     return model_lib.Model(
         network=network,
         params=jax.device_put(params),
@@ -288,19 +286,18 @@ def save_tree(directory: str | Path, tree: dict[str, Any]) -> None:
         checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(tree), force=True)
 
 
-def load_tree(directory: str | Path) -> dict[str, Any]:
+def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Reads what `save_tree` wrote.
 
+    Args:
+      directory: where to.
+      expected: a tree of the same structure and shapes, of arrays or `jax.ShapeDtypeStruct`.
+
     Raises:
-      CheckpointError: if it cannot be read.
+      CheckpointError: if it cannot be read, or its arrays have other names or shapes.
     """
-    try:
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(Path(directory).absolute(), args=ocp.args.PyTreeRestore())
-    except Exception as error:  # as in `_read`
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{directory}: cannot be read: {reason}") from error
+    directory = Path(directory)
+    return _read_trees(directory.parent, {directory.name: expected})[directory.name]
 
 
 def _metadata(
@@ -394,6 +391,58 @@ def find(path: Path) -> Path:
     )
 
 
+def _read_trees(folder: Path, expected: dict[str, Any]) -> Any:
+    """Reads items whose arrays have the names and shapes of those in the given trees."""
+    for item, tree in expected.items():
+        _check_stored(folder, item, tree)
+    # Not `StandardRestore`: it asks TensorStore (0.1.86) to describe each array by `to_json`, whose
+    # strings are never freed.
+    items = {
+        item: ocp.args.PyTreeRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+        for item, tree in expected.items()
+    }
+    return _read(folder, items)
+
+
+def _check_stored(folder: Path, item: str, expected: Any) -> None:
+    """Checks the arrays of an item without reading them, see `_read_trees`."""
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    wanted = {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf)
+        for path, leaf in leaves
+    }
+    base = {"driver": "file", "path": f"{(folder / item).absolute()}/"}
+    try:
+        context = ts.Context()
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
+        drivers = {
+            key.removesuffix(file): driver
+            for key in map(bytes.decode, store.list().result())
+            for file, driver in (("/.zarray", "zarr"), ("/zarr.json", "zarr3"))
+            if key.endswith(file)
+        }
+        opening = {
+            name: ts.open({"driver": driver}, kvstore=store / f"{name}/", context=context)
+            for name, driver in drivers.items()
+        }
+        arrays = {name: future.result() for name, future in opening.items()}
+    except Exception as error:  # as in `_read`
+        raise _unreadable(folder, item, error) from error
+    if not arrays:
+        raise DamagedError(f"{folder}: cannot read {item}: it is empty or not there")
+    found = {name: array.shape for name, array in arrays.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise DamagedError(
+                f"{folder}: {item} do not fit: {name}"
+                f" {f'has shape {found[name]}' if name in found else 'is missing'},"
+                f" {f'not {wanted[name]}' if name in wanted else 'but there is no such array'}"
+            )
+        chunk = arrays[name].chunk_layout.read_chunk.shape or ()
+        if math.prod(length or 1 for length in chunk) > max(1, math.prod(found[name])):
+            raise DamagedError(f"{folder}: {item} is damaged: {name} has chunks larger than itself")
+
+
 def _read(folder: Path, items: dict[str, Any]) -> Any:
     try:
         handler = ocp.CompositeCheckpointHandler(
@@ -402,8 +451,12 @@ def _read(folder: Path, items: dict[str, Any]) -> Any:
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**items))
     except Exception as error:  # for a damaged array Orbax raises a bare one
-        names, reason = ", ".join(items), str(error).partition("\n")[0]
-        raise DamagedError(f"{folder}: cannot read {names}: {reason}") from error
+        raise _unreadable(folder, ", ".join(items), error) from error
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> DamagedError:
+    reason = str(error).partition("\n")[0]
+    return DamagedError(f"{folder}: cannot read {what}: {reason}")
 
 
 def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: Path) -> None:
@@ -437,17 +490,3 @@ def _with_tuples(config: Any) -> Any:
     if isinstance(config, dict):
         return {name: _with_tuples(value) for name, value in config.items()}
     return tuple(map(_with_tuples, config)) if isinstance(config, list | tuple) else config
-
-
-def _check_shapes(params: Any, expected: Any, folder: Path) -> None:
-    """Checks a restored tree against the one that the configuration builds."""
-    found, wanted = (
-        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
-    )
-    for name in sorted(set(found) | set(wanted)):
-        if found.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"{folder}: parameter {name} has shape {found.get(name, 'none, it is missing')},"
-                f" its configuration wants {wanted.get(name, 'no such parameter')}"
-            )

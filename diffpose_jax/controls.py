@@ -361,22 +361,12 @@ def load(path: str | Path) -> tuple[Controls, dict[str, Any]]:
     try:
         arrays = dict(numpy_files.read(path))
         fitted_on = dict(json.loads(str(arrays.pop(_FITTED_ON))))
-        return from_tree(traverse_util.unflatten_dict(arrays, sep="/")), fitted_on
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
-
-
-def from_tree(tree: dict[str, Any]) -> Controls:
-    """Controls from nested dictionaries of arrays.
-
-    Raises:
-        ValueError: if the tree is not one of controls.
-    """
-    try:
-        return Controls(
+        tree = traverse_util.unflatten_dict(arrays, sep="/")
+        fitted = Controls(
             mean_pose_mm=tree["mean_pose_mm"],
             regression=RegressionParams(**tree["regression"]),
             gaussian=GaussianParams(**tree["gaussian"]),
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"these are no controls: {error}") from error
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
+    return fitted, fitted_on

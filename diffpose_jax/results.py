@@ -173,8 +173,6 @@ def _controls(
             fitted, was_fitted_on = controls.load(path)
             if aggregation.is_as_fitted(path, was_fitted_on, fitted_on):
                 return fitted
-        elif path.with_suffix("").is_dir():  # of version 0.1, which does not say of what
-            return controls.from_tree(checkpoints.load_tree(path.with_suffix("")))
     fitted = evaluation.fit_controls(key, train()[0], settings)
     controls.save(folders[0] / CONTROLS, fitted, fitted_on)
     return fitted

@@ -5,11 +5,10 @@ import csv
 import ml_collections
 import numpy as np
 import pytest
-from flax import serialization
 from small import examples
 
 from configs import protocols
-from diffpose_jax import checkpoints, controls, evaluation, results
+from diffpose_jax import controls, evaluation, results
 from diffpose_jax.config import ConfigError
 
 
@@ -75,13 +74,6 @@ def test_controls_are_fitted_anew_for_other_settings_or_data(fits, tmp_path, cap
     assert controls_of((run, run)) == 0.0
     assert controls_of((run, run), data="def") == 2.0
     assert "data is def, was abc" in caplog.text
-
-
-def test_controls_of_version_0_1(fits, tmp_path):
-    tree = serialization.to_state_dict(fitted_controls(7.0))
-    checkpoints.save_tree(tmp_path / "controls", tree)
-    assert controls_of((tmp_path / "output", tmp_path)) == 7.0
-    assert not fits
 
 
 @pytest.mark.parametrize(

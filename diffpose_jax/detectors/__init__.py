@@ -149,13 +149,7 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
     network = module(dtype=jnp.dtype(dtype))
     crops = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
     expected = jax.eval_shape(network.init, jax.random.key(0), crops)["params"]
-    params = checkpoints.load_tree(folder / _WEIGHTS)
-    found, wanted = (
-        {path: np.shape(leaf) for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (params, expected)
-    )
-    if wrong := sorted(k for k in found | wanted if found.get(k) != wanted.get(k)):
-        raise CheckpointError(f"{folder}: the weights do not fit {name}: {', '.join(wrong)}")
+    params = checkpoints.load_tree(folder / _WEIGHTS, expected)
     fingerprint = f"{name}-{_hash(params, f'{input_px} {dtype}')}"
     return Detector(network, preprocess, jax.device_put(params), input_px, fingerprint)
 
