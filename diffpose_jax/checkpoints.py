@@ -63,6 +63,7 @@ class RunCheckpoints:
         self._config = config
         self._data_fingerprint = ""
         self._directory = directory
+        self._keep = keep
         directory.mkdir(parents=True, exist_ok=True)
         self._manager: Any = devices.is_first() and ocp.CheckpointManager(
             directory.absolute(),
@@ -167,6 +168,9 @@ class RunCheckpoints:
                 folder.rename(_unused(folder.with_name(f"{step_aside}.damaged")))
                 logging.warning("%s. It is put aside; going on from step %d", why, step)
             self._manager.reload()
+            # A process that is killed after its last checkpoint leaves one too many.
+            for step_too_many in sorted(self._manager.all_steps())[: -self._keep]:
+                self._manager.delete(step_too_many)
             return restored
         if damaged:
             reasons = "; ".join(map(str, damaged.values()))

@@ -105,6 +105,14 @@ def test_only_the_newest_are_kept(written):
     assert {p.name for p in (written / "checkpoints").iterdir()} == {"10", "20"}
 
 
+def test_one_too_many_is_removed(run_folder):
+    """As of a process that was killed before it removed it."""
+    folder = run_folder / "checkpoints"
+    shutil.copytree(folder / "10", folder / "5")
+    assert int(restore(run_folder).step) == 20
+    assert {p.name for p in folder.iterdir()} == {"10", "20"}
+
+
 def test_nothing_to_restore(tmp_path):
     assert restore(tmp_path) is None
 
