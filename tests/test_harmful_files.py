@@ -450,7 +450,10 @@ def test_cdf_that_unpacks_to_much_more(tmp_path, little_memory):
     packed = gzip.compress(bytes(400 * MEBIBYTE), 1)
     bomb = struct.pack(">QIIQ", 24 + len(packed), 13, 0, len(packed)) + packed
     path.write_bytes(whole.replace(record.to_bytes(8, "big"), len(whole).to_bytes(8, "big")) + bomb)
-    with pytest.raises(ValueError, match=r"a\.cdf unpacks to more than 134,217,728 bytes"):
+    with pytest.raises(ValueError, match=r"a\.cdf unpacks to far more than poses are"):
+        raw.read_poses(path, 2)
+    path.write_bytes(whole + b"\x1f\x8b\x08" * 20 * MEBIBYTE)  # and each could be a block
+    with pytest.raises(ValueError, match=r"a\.cdf unpacks to far more than poses are"):
         raw.read_poses(path, 2)
     path.write_bytes(whole[:4] + bytes.fromhex("cccc0001") + b"\0\xff" * 3 * MEBIBYTE)
     with pytest.raises(ValueError, match=r"a\.cdf is packed as a whole"):
