@@ -491,6 +491,11 @@ def _load_columns(path: Path) -> Columns:
         return dict(columns)
 
 
+def all_of(dataset: str, data_dir: str | Path | None) -> Path:
+    """The folder of all prepared forms of a data set: in `data_dir`, or where TFDS keeps them."""
+    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / dataset
+
+
 def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -> Path:
     """The one prepared data set that was made as wanted.
 
@@ -507,7 +512,7 @@ def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -
       FileNotFoundError: if there is none.
       ValueError: if there are several; the message lists them and how they differ.
     """
-    base = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / dataset
+    base = all_of(dataset, data_dir)
     found = {path.parent: read_json(path) for path in sorted(base.glob(f"*/*/{_CONFIGURATION}"))}
     fitting = [
         folder

@@ -353,8 +353,7 @@ def prepare(
     """
     made = builder_config(config)
 
-    base = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    folder = base / Motion.name / made.name / str(Motion.VERSION)
+    folder = detections.all_of(Motion.name, data_dir) / made.name / str(Motion.VERSION)
     with detections.preparing(folder):
         if not folder.exists():
             builder = Motion(config=made, data_dir=data_dir, file_format="array_record")
