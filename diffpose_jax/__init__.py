@@ -5,7 +5,7 @@ poses_mm = model.sample(jax.random.key(0), heatmaps)  # (B, 16, 64, 64) -> (B, 2
 """
 
 from diffpose_jax._version import __version__
-from diffpose_jax.checkpoints import CheckpointError, load
-from diffpose_jax.model import Model
+from diffpose_jax.method.network import Model
+from diffpose_jax.training.checkpoints import CheckpointError, load
 
 __all__ = ["CheckpointError", "Model", "__version__", "load"]

@@ -9,17 +9,17 @@ from collections.abc import Callable
 
 from absl import app, logging
 
-from diffpose_jax import runs
-from diffpose_jax.checkpoints import CheckpointError
 from diffpose_jax.config import ConfigError
-from diffpose_jax.devices import ProcessError
-from diffpose_jax.extras import MissingExtraError
-from diffpose_jax.files import FileError
-from diffpose_jax.pictures import PictureError
-from diffpose_jax.prediction import PredictionError
-from diffpose_jax.runs import RunError
-from diffpose_jax.torch_weights import WeightsError
-from diffpose_jax.training import NonFiniteLossError
+from diffpose_jax.distributed import ProcessError
+from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.io.extras import MissingExtraError
+from diffpose_jax.io.files import FileError
+from diffpose_jax.io.pictures import PictureError
+from diffpose_jax.prediction.predict import PredictionError
+from diffpose_jax.training import runs
+from diffpose_jax.training.checkpoints import CheckpointError
+from diffpose_jax.training.runs import RunError
+from diffpose_jax.training.step import NonFiniteLossError
 
 _USERS_ERRORS = (
     CheckpointError,

@@ -40,12 +40,17 @@ from jax import Array
 import experiments
 from configs import h36m
 from diffpose_jax import config as config_lib
-from diffpose_jax import diffusion, files, metrics, training
-from diffpose_jax import model as model_lib
-from diffpose_jax.data import detections, mocap, motion, pipeline, simulator
-from diffpose_jax.data.detections import Part
+from diffpose_jax.data import motion, pipeline, simulator
+from diffpose_jax.data import prepared as detections
+from diffpose_jax.data.motion import clips as mocap
+from diffpose_jax.data.prepared import Part
 from diffpose_jax.detectors import efficientpose, hrnet
+from diffpose_jax.evaluation import metrics
+from diffpose_jax.io import files
+from diffpose_jax.method import diffusion
+from diffpose_jax.method import network as model_lib
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
+from diffpose_jax.training import step as training
 
 PARTS = flags.DEFINE_list(
     "parts", ["sample", "train", "metrics", "data", "detector"], "What to measure."

@@ -22,11 +22,14 @@ from ml_collections import config_flags
 
 import experiments
 from configs import h36m_released
-from diffpose_jax import checkpoints, detectors, model, torch_weights
 from diffpose_jax import config as config_lib
-from diffpose_jax.checkpoints import CheckpointError
+from diffpose_jax import detectors
 from diffpose_jax.detectors import efficientpose, hrnet
-from diffpose_jax.torch_weights import WeightsError
+from diffpose_jax.interop import torch_weights
+from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.method import network as model
+from diffpose_jax.training import checkpoints
+from diffpose_jax.training.checkpoints import CheckpointError
 
 TORCH = flags.DEFINE_string("torch", None, "PyTorch file to read.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")

@@ -13,7 +13,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffpose_jax import checkpoints, devices, results, runs
+from diffpose_jax import distributed as devices
+from diffpose_jax.report import results
+from diffpose_jax.training import checkpoints, runs
 from experiments import processes
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or an export.")

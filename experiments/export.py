@@ -14,7 +14,10 @@ from pathlib import Path
 from absl import app, flags
 
 import experiments
-from diffpose_jax import aggregation, checkpoints, files, stablehlo
+from diffpose_jax.evaluation import aggregation
+from diffpose_jax.interop import stablehlo
+from diffpose_jax.io import files
+from diffpose_jax.training import checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or one of its steps.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")

@@ -22,11 +22,15 @@ import numpy as np
 from absl import app, flags
 
 import experiments
-from diffpose_jax import aggregation, checkpoints, detectors, pictures, prediction
+from diffpose_jax import detectors
 from diffpose_jax.detectors import Detector
-from diffpose_jax.pictures import PictureError
-from diffpose_jax.prediction import Box, Detection, Prediction, PredictionError
+from diffpose_jax.evaluation import aggregation
+from diffpose_jax.io import pictures
+from diffpose_jax.io.pictures import PictureError
+from diffpose_jax.prediction.predict import Box, Detection, Prediction, PredictionError
+from diffpose_jax.prediction.predict import predict as prediction
 from diffpose_jax.skeleton import MPII_JOINTS
+from diffpose_jax.training import checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or an export.")
 IMAGE = flags.DEFINE_string("image", None, "A picture of a person, or a folder of pictures.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from absl import flags
 
 import experiments
-from diffpose_jax import devices
+from diffpose_jax import distributed as devices
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, to run in several processes."

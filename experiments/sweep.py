@@ -23,9 +23,10 @@ from absl import app, flags
 
 import experiments
 from configs import ablations
-from diffpose_jax import files, published, tables
 from diffpose_jax.config import ConfigError
-from diffpose_jax.files import FileError
+from diffpose_jax.io import files
+from diffpose_jax.io.files import FileError
+from diffpose_jax.report import published, tables
 
 CONFIGS = flags.DEFINE_list("configs", None, "Configuration files, with :NAME where they take one.")
 SEEDS = flags.DEFINE_list("seeds", ["42", "2967", "6173", "5478", "989"], "Default: the paper's.")

@@ -20,9 +20,14 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from diffpose_jax import checkpoints, devices, files, model, results, runs, scalars, training
 from diffpose_jax import config as config_lib
+from diffpose_jax import distributed as devices
 from diffpose_jax.data import pipeline
+from diffpose_jax.io import files, scalars
+from diffpose_jax.method import network as model
+from diffpose_jax.report import results
+from diffpose_jax.training import checkpoints, runs
+from diffpose_jax.training import step as training
 from experiments import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)

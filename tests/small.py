@@ -8,8 +8,9 @@ import numpy as np
 
 from configs import h36m
 from diffpose_jax import config as config_lib
-from diffpose_jax import model
-from diffpose_jax.data import mocap, motion, pipeline
+from diffpose_jax.data import motion, pipeline
+from diffpose_jax.data.motion import clips as mocap
+from diffpose_jax.method import network as model
 
 
 def small_config(**training) -> ml_collections.ConfigDict:

@@ -13,7 +13,8 @@ import pytest
 
 from configs import ablations, h36m, h36m_released, protocols, quickstart
 from diffpose_jax import config as config_lib
-from diffpose_jax import model, training
+from diffpose_jax.method import network as model
+from diffpose_jax.training import step as training
 
 FILES = sorted(path.stem for path in Path(h36m.__file__).parent.glob("*.py"))
 WITH_NAMES = {"ablations": [*ablations.ABLATIONS], "protocols": [*protocols.PROTOCOLS]}

@@ -41,23 +41,21 @@ from test_mpi_inf_3dhp import arrays, write_mat
 from test_skeletons import cmu_bvh, lafan1
 from test_tensorflow_js import TENSORS, content, entries
 
-from diffpose_jax import (
-    aggregation,
-    checkpoints,
-    controls,
-    detectors,
-    model,
-    pictures,
-    prediction,
-    runs,
-    scalars,
-    torch_weights,
-)
-from diffpose_jax.data import compact, lsp, mocap
-from diffpose_jax.data.human36m import flow, raw, released, sequences
-from diffpose_jax.data.mocap.skeletons import CMU_BVH
+from diffpose_jax import detectors
+from diffpose_jax.data import compact, lsp
+from diffpose_jax.data.human36m import raw, released, sequences
+from diffpose_jax.data.human36m import wehrbein as flow
+from diffpose_jax.data.motion import clips as mocap
+from diffpose_jax.data.motion.skeletons import CMU_BVH
 from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.detectors import tensorflow_js
+from diffpose_jax.evaluation import aggregation
+from diffpose_jax.evaluation import baselines as controls
+from diffpose_jax.interop import torch_weights
+from diffpose_jax.io import pictures, scalars
+from diffpose_jax.method import network as model
+from diffpose_jax.prediction.predict import predict as prediction
+from diffpose_jax.training import checkpoints, runs
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches children by /proc")

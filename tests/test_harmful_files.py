@@ -27,23 +27,21 @@ from test_mpi_inf_3dhp import arrays, write_mat
 from test_tensorflow_js import content, entries
 
 import experiments
-from diffpose_jax import (
-    checkpoints,
-    config,
-    files,
-    model,
-    numpy_files,
-    pictures,
-    prediction,
-    scalars,
-    torch_weights,
-)
-from diffpose_jax.checkpoints import CheckpointError
-from diffpose_jax.data import hdf5, lsp, mocap
-from diffpose_jax.data.human36m import flow, raw, released
+from diffpose_jax import config
+from diffpose_jax.data import hdf5, lsp
+from diffpose_jax.data.human36m import raw, released
+from diffpose_jax.data.human36m import wehrbein as flow
+from diffpose_jax.data.motion import clips as mocap
 from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.detectors import tensorflow_js
-from diffpose_jax.torch_weights import WeightsError
+from diffpose_jax.interop import torch_weights
+from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.io import arrays as numpy_files
+from diffpose_jax.io import files, pictures, scalars
+from diffpose_jax.method import network as model
+from diffpose_jax.prediction.predict import predict as prediction
+from diffpose_jax.training import checkpoints
+from diffpose_jax.training.checkpoints import CheckpointError
 
 torch = pytest.importorskip("torch")
 

@@ -13,12 +13,15 @@ from seeded_weights import seeded_weights
 
 from configs import h36m
 from diffpose_jax import config as config_lib
-from diffpose_jax import diffusion, heatmaps, metrics, model, sampling, torch_weights
-from diffpose_jax.alignment import procrustes_align
-from diffpose_jax.channel_embedding import channel_embedding
 from diffpose_jax.data.human36m import every_16th_row, released
 from diffpose_jax.detectors import Detector, hrnet
-from diffpose_jax.heatmaps import HeatmapSamples
+from diffpose_jax.evaluation import metrics
+from diffpose_jax.evaluation.alignment import procrustes_align
+from diffpose_jax.interop import torch_weights
+from diffpose_jax.method import diffusion, heatmaps, sampling
+from diffpose_jax.method import network as model
+from diffpose_jax.method.channel_embedding import channel_embedding
+from diffpose_jax.method.heatmaps import HeatmapSamples
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffpose_jax import extras
+from diffpose_jax.io import extras
 
 _MOST_CHUNK_BYTES = 256 << 20
 _MOST_PACKED_BYTES = 512 << 10

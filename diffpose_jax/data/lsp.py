@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffpose_jax import pictures
 from diffpose_jax.data import cameras, matlab5
+from diffpose_jax.io import pictures
 
 JOINTS: tuple[str, ...] = (
     "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist",

@@ -18,15 +18,16 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from diffpose_jax import devices
-from diffpose_jax import heatmaps as heatmaps_lib
+from diffpose_jax import distributed as devices
 from diffpose_jax.config import ConfigError
-from diffpose_jax.data import detections, human36m, motion, simulator
-from diffpose_jax.heatmaps import HeatmapSamples
-from diffpose_jax.model import DiffPose
-from diffpose_jax.model import Evidence as ModelEvidence
+from diffpose_jax.data import human36m, motion, simulator
+from diffpose_jax.data import prepared as detections
+from diffpose_jax.method import heatmaps as heatmaps_lib
+from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.network import DiffPose
+from diffpose_jax.method.network import Evidence as ModelEvidence
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
-from diffpose_jax.training import Batch
+from diffpose_jax.training.step import Batch
 
 _MAPS = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
 

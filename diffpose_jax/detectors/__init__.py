@@ -20,10 +20,11 @@ import numpy as np
 from flax import traverse_util
 from jax import Array
 
-from diffpose_jax import checkpoints, files
-from diffpose_jax.checkpoints import CheckpointError
 from diffpose_jax.detectors import efficientpose, hrnet
+from diffpose_jax.io import files
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
+from diffpose_jax.training import checkpoints
+from diffpose_jax.training.checkpoints import CheckpointError
 
 FORMAT = "diffpose_jax detector 1"
 

@@ -31,7 +31,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from diffpose_jax.detectors import tensorflow_js
-from diffpose_jax.files import write_whole
+from diffpose_jax.io.files import write_whole
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 INPUT_PX = 276

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpose_jax.files import read_json
+from diffpose_jax.io.files import read_json
 
 _DTYPES = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4")}
 _MAX_BYTES = 256 << 20

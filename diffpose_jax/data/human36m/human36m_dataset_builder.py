@@ -13,8 +13,9 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from diffpose_jax.data import detections
-from diffpose_jax.data.human36m import flow, raw, released, sequences
+from diffpose_jax.data import prepared as detections
+from diffpose_jax.data.human36m import raw, released, sequences
+from diffpose_jax.data.human36m import wehrbein as flow
 
 FORMATS: tuple[str, ...] = ("raw", "released", "flow")
 _SPLITS = ("train", "test")

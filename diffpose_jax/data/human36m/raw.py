@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from diffpose_jax import extras
 from diffpose_jax.data import cameras
 from diffpose_jax.data.human36m import sequences
 from diffpose_jax.data.human36m.sequences import Sequence
 from diffpose_jax.detectors import crops
+from diffpose_jax.io import extras
 from diffpose_jax.skeleton import H36M_FROM_32, MPII_TO_H36M
 
 POSES: tuple[str, ...] = ("mono", "mono_universal")

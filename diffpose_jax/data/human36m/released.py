@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from diffpose_jax import extras
 from diffpose_jax.data import cameras, hdf5
 from diffpose_jax.data.human36m import sequences
+from diffpose_jax.io import extras
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 _FIELDS = {

@@ -21,7 +21,9 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from diffpose_jax.data import cameras, detections, mocap, simulator
+from diffpose_jax.data import cameras, simulator
+from diffpose_jax.data import prepared as detections
+from diffpose_jax.data.motion import clips as mocap
 from diffpose_jax.data.motion.bodies import BodyConfig, exchange_parts, vary_bodies
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
@@ -158,7 +160,9 @@ def _fill(default: Any, values: dict[str, Any], path: str) -> Any:
 
 def _source_digest(source: str) -> bytes:
     if source == EMBEDDED:
-        return hashlib.sha256(resources.files(mocap).joinpath("mocap.npz").read_bytes()).digest()
+        return hashlib.sha256(
+            resources.files(__package__).joinpath("mocap.npz").read_bytes()
+        ).digest()
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffpose_jax import extras
 from diffpose_jax.data import cameras, hdf5
+from diffpose_jax.io import extras
 
 SCENES: dict[str, str] = {
     "TS1": "green_screen",

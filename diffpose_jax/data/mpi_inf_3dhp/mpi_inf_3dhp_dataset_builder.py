@@ -12,11 +12,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from diffpose_jax import pictures
-from diffpose_jax.data import cameras, detections
+from diffpose_jax.data import cameras
+from diffpose_jax.data import prepared as detections
 from diffpose_jax.data.mpi_inf_3dhp import annotations as annotations_lib
 from diffpose_jax.data.mpi_inf_3dhp.annotations import Recording
 from diffpose_jax.detectors import crops
+from diffpose_jax.io import pictures
 
 _FRAMES = 64
 

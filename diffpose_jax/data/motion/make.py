@@ -1,0 +1,231 @@
+"""Makes `mocap.npz`, the motion capture that comes with the package, from its two sources.
+
+    python -m diffpose_jax.data.mocap.make --pybullet_wheel FILE --bvh_dir DIR
+
+The sources are the `humanoid3d` clips in the wheel of pybullet and two recordings of the CMU
+motion capture database (README.md says how to get both). Their two skeletons differ, so each
+clip keeps its bone directions and gets the bone lengths of one body with the proportions of
+Human3.6M. The bytes written depend on nothing but the sources (and zlib's version).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import xml.etree.ElementTree as ET
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from diffpose_jax.data.motion.bvh import read_bvh
+from diffpose_jax.data.motion.clips import Clip
+from diffpose_jax.data.motion.recording import about_axis
+from diffpose_jax.data.motion.skeletons import to_h36m
+from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS
+
+TEST_CLIPS = frozenset(
+    {
+        "humanoid3d_dance_b", "humanoid3d_jump", "humanoid3d_punch", "humanoid3d_walk",
+        "walker_turn_right0", "walker_turn_right1",
+    }
+)  # fmt: skip
+"""Whole clips whose actions have relatives in training (README.md gives the distances)."""
+
+LEFT_OUT = frozenset(
+    {
+        "humanoid3d_backflip", "humanoid3d_cartwheel", "humanoid3d_crawl",
+        "humanoid3d_getup_facedown", "humanoid3d_getup_faceup", "humanoid3d_roll",
+    }
+)  # fmt: skip
+"""Clips on the floor or upside down: one short example of each is too little to learn them."""
+
+UNIT_MM = 0.1
+"""Positions are stored as int16 multiples of this: up to 3.27 m, finer than the capture."""
+
+BONES_MM = {
+    "RHip": 133, "RKnee": 443, "RAnkle": 454, "LHip": 133, "LKnee": 443, "LAnkle": 454,
+    "Spine": 233, "Thorax": 257, "Nose": 121, "Head": 115,
+    "LShoulder": 151, "LElbow": 279, "LWrist": 252,
+    "RShoulder": 151, "RElbow": 279, "RWrist": 252,
+}  # fmt: skip
+"""Length of the bone that ends in each joint: the Human3.6M skeleton, to the millimetre."""
+
+CLEARANCE_MM = {
+    "Hip": 100, "RHip": 90, "RKnee": 55, "RAnkle": 80, "LHip": 90, "LKnee": 55, "LAnkle": 80,
+    "Spine": 90, "Thorax": 80, "Nose": 40, "Head": 20, "LShoulder": 70, "LElbow": 40,
+    "LWrist": 30, "RShoulder": 70, "RElbow": 40, "RWrist": 30,
+}  # fmt: skip
+"""Height of each joint when the body part around it rests on the floor."""
+
+HUMANOID_SCALE = 0.25
+"""From the units of `humanoid.urdf` to metres."""
+
+HUMANOID_JOINTS = (
+    ("root", "chest", 4), ("chest", "neck", 4),
+    ("root", "right_hip", 4), ("right_hip", "right_knee", 1), ("right_knee", "right_ankle", 4),
+    ("chest", "right_shoulder", 4), ("right_shoulder", "right_elbow", 1),
+    ("root", "left_hip", 4), ("left_hip", "left_knee", 1), ("left_knee", "left_ankle", 4),
+    ("chest", "left_shoulder", 4), ("left_shoulder", "left_elbow", 1),
+)  # fmt: skip
+"""(parent, joint, numbers a frame) in the order of a frame, after duration and root."""
+
+BVH_STRIDE = 4
+"""Every fourth of 120 frames a second."""
+
+
+def main() -> None:
+    """Reads the sources named on the command line and writes the archive."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pybullet_wheel", type=Path, required=True)
+    parser.add_argument("--bvh_dir", type=Path, required=True, help="holds 01_01.bvh, 01_03.bvh")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("mocap.npz"))
+    arguments = parser.parse_args()
+    clips = humanoid_clips(arguments.pybullet_wheel) + cmu_clips(arguments.bvh_dir)
+    write(clips, arguments.output)
+    for clip in clips:
+        print(f"{clip.name:28s} {clip.split:5s} {clip.fps:5.1f} fps {len(clip.positions_mm):5d}")
+
+
+def write(clips: list[Clip], path: Path) -> None:
+    """Writes the clips as one compressed archive that `load_embedded` reads."""
+    positions_mm = np.concatenate([clip.positions_mm for clip in clips])
+    np.savez_compressed(
+        path,
+        positions=np.round(positions_mm / UNIT_MM).astype(np.int16),
+        unit_mm=np.float64(UNIT_MM),
+        lengths=np.array([len(clip.positions_mm) for clip in clips], np.int32),
+        fps=np.array([clip.fps for clip in clips], np.float64),
+        names=np.array([clip.name for clip in clips]),
+        splits=np.array([clip.split for clip in clips]),
+    )
+
+
+def retarget(points: np.ndarray) -> np.ndarray:
+    """Puts the standard body into the poses of another one.
+
+    Every bone keeps its direction and gets its length from `BONES_MM`. The hip keeps its
+    height in units of the legs, so that the feet stay where they were, and the clip is then
+    moved vertically as a whole until the lowest body part touches the floor (`CLEARANCE_MM`)
+    in its lowest frames. The horizontal position of the hip is set to zero.
+
+    Args:
+        points: (F, 17, 3), Human3.6M joints, z up, in any unit.
+
+    Returns:
+        (F, 17, 3), millimetres, z up, floor at zero.
+    """
+    knee, ankle = H36M_JOINTS.index("RKnee"), H36M_JOINTS.index("RAnkle")
+    leg = np.linalg.norm(np.diff(points[:, knee - 1 : ankle + 1], axis=1), axis=-1).sum(1)
+    scale = (BONES_MM["RKnee"] + BONES_MM["RAnkle"]) / np.median(leg)
+    body = np.zeros(points.shape)
+    body[:, 0, 2] = scale * points[:, 0, 2]
+    for parent, joint in H36M_BONES:
+        bone = points[:, joint] - points[:, parent]
+        bone *= BONES_MM[H36M_JOINTS[joint]] / np.linalg.norm(bone, axis=-1, keepdims=True)
+        body[:, joint] = body[:, parent] + bone
+    clearance = np.array([CLEARANCE_MM[name] for name in H36M_JOINTS], np.float64)
+    # A low quantile rather than the minimum: single frames of the sources sink into the floor.
+    body[..., 2] -= np.quantile((body[..., 2] - clearance).min(axis=1), 0.02)
+    return body
+
+
+def _clip(name: str, fps: float, points: np.ndarray) -> Clip:
+    split = "test" if name in TEST_CLIPS else "train"
+    return Clip(name, split, fps, retarget(points).astype(np.float32))
+
+
+def humanoid_clips(wheel: Path) -> list[Clip]:
+    """Reads the clips of the 15-joint humanoid in the wheel of pybullet, but `LEFT_OUT`."""
+    with zipfile.ZipFile(wheel) as archive:
+        # The file ends in a NUL byte, which no XML parser takes.
+        urdf = archive.read("pybullet_data/humanoid/humanoid.urdf").rstrip(b"\0")
+        offsets = {
+            joint.attrib["name"]: np.array(origin.attrib["xyz"].split(), np.float64)
+            for joint in ET.fromstring(urdf).iter("joint")
+            for origin in joint.iter("origin")
+        }
+        clips = []
+        motions = "pybullet_data/data/motions/"
+        for path in sorted(archive.namelist()):
+            is_human = path.startswith((motions + "humanoid3d_", motions + "walker/"))
+            name = path.removeprefix(motions).removesuffix(".txt").replace("/", "_")
+            if not (is_human and path.endswith(".txt")) or name in LEFT_OUT:
+                continue
+            frames = np.array(json.loads(archive.read(path))["Frames"], np.float64)
+            # The last frame of a clip has no duration; the others share one.
+            fps = round(1 / np.median(frames[:, 0]), 1)
+            clips.append(_clip(name, float(fps), humanoid_points(frames, offsets)))
+    return clips
+
+
+def humanoid_points(frames: np.ndarray, offsets: dict[str, np.ndarray]) -> np.ndarray:
+    """Forward kinematics of the humanoid, with the joints that it lacks filled in.
+
+    Args:
+        frames: (F, 44), one frame a row: duration, root position, root quaternion (w first),
+            then `HUMANOID_JOINTS`: quaternions, or the angle about z of a knee or an elbow.
+        offsets: joint name to its position in the parent's frame; x forward, y up, z right.
+
+    Returns:
+        (F, 17, 3), Human3.6M joints in metres; x forward at rest, y left, z up.
+    """
+    rotations = {"root": _from_quaternion(frames[:, 4:8])}
+    points = {"root": frames[:, 1:4]}
+
+    def place(parent: str, offset: np.ndarray) -> np.ndarray:
+        return points[parent] + rotations[parent] @ (HUMANOID_SCALE * offset)
+
+    column = 8
+    for parent, joint, size in HUMANOID_JOINTS:
+        numbers = frames[:, column : column + size]
+        local = _from_quaternion(numbers) if size == 4 else about_axis("Z", numbers[:, 0])
+        points[joint] = place(parent, offsets[joint])
+        rotations[joint] = rotations[parent] @ local
+        column += size
+    # The neck joint lies below the line of the shoulders, Human3.6M's thorax above it; the
+    # shoulders then slope down from it as they do there and in the CMU skeleton.
+    thorax = place("chest", offsets["neck"] + np.array([0.0, 0.14, 0.0]))
+    lift = thorax - points["neck"]
+    points_h36m = [
+        points["root"],
+        *(points[f"right_{joint}"] for joint in ("hip", "knee", "ankle")),
+        *(points[f"left_{joint}"] for joint in ("hip", "knee", "ankle")),
+        points["chest"],
+        thorax,
+        lift + place("neck", np.array([0.18, 0.40, 0.0])),  # nose, 45 mm in front
+        lift + place("neck", np.array([0.10, 0.86, 0.0])),  # top of the head
+        points["left_shoulder"],
+        points["left_elbow"],
+        place("left_elbow", offsets["left_wrist"]),
+        points["right_shoulder"],
+        points["right_elbow"],
+        place("right_elbow", offsets["right_wrist"]),
+    ]
+    x, y, z = np.moveaxis(np.stack(points_h36m, axis=1), -1, 0)
+    return np.stack([x, -z, y], axis=-1)
+
+
+def cmu_clips(folder: Path) -> list[Clip]:
+    """Reads the two recordings of the CMU database (subject 1, BVH conversion)."""
+    clips = []
+    for name in ("01_01", "01_03"):
+        path = folder / f"{name}.bvh"
+        points, fps = to_h36m(path, read_bvh(path))
+        clips.append(_clip(f"cmu_{name}", round(fps / BVH_STRIDE, 1), points[::BVH_STRIDE]))
+    return clips
+
+
+def _from_quaternion(quaternion: np.ndarray) -> np.ndarray:
+    """(F, 4), w first, not necessarily of unit length -> (F, 3, 3)."""
+    w, x, y, z = (quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)).T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.moveaxis(np.array(rows), -1, 0)
+
+
+if __name__ == "__main__":
+    main()

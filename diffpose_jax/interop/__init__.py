@@ -1,0 +1,1 @@
+"""Other programs' formats: PyTorch weights, StableHLO."""

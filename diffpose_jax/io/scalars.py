@@ -1,0 +1,77 @@
+"""The scalars of a run: a file of one JSON object a line, whole after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from diffpose_jax.io.files import FileError, write_whole
+
+
+def read_scalars(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a scalars file; none if it does not exist. A torn last line is left out.
+
+    Raises:
+      FileError: if another line is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [
+        _parse(path, number, line)
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1)
+    ]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
+    try:
+        scalars = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}, line {number} is damaged: {error}") from error
+    is_whole = isinstance(scalars, dict) and type(scalars.get("step")) is int
+    if not is_whole or not all(type(value) in (int, float) for value in scalars.values()):
+        raise FileError(f"{path}, line {number} is damaged: it must hold numbers, and the step")
+    return scalars
+
+
+class ScalarWriter:
+    """Appends scalars to a file, a context manager.
+
+    A run that resumes does the steps after its last checkpoint again, so their lines, and a
+    line that was torn when the run was killed, are removed first.
+
+    Args:
+      path: the file.
+      last_step: the step that the run resumes from; later lines are removed.
+    """
+
+    def __init__(self, path: str | Path, last_step: int) -> None:
+        self._path = Path(path)
+        kept = [line for line in read_scalars(path) if line["step"] <= last_step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        # Without a buffer: a line is there when `write` returns, and a full disk fails there.
+        self._file = self._path.open("ab", buffering=0)
+
+    def __enter__(self) -> ScalarWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, step: int, **scalars: float) -> None:
+        """Writes one line.
+
+        Raises:
+          OSError: names the file, if the disk is full.
+        """
+        line = (json.dumps({"step": step, **scalars}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, os.fspath(self._path)) from error
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk, for a checkpoint must not outlive its lines."""
+        os.fsync(self._file.fileno())

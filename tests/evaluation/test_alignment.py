@@ -1,0 +1,123 @@
+"""Alignment against a float64 SVD, on poses of every conditioning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from paths import GOLDEN
+
+from diffpose_jax.evaluation.alignment import procrustes_align
+
+TRUTH = np.load(GOLDEN / "metrics_case.npz")["gt_mm"]
+align = jax.jit(procrustes_align)
+
+
+def align_by_svd(poses, targets):
+    """Umeyama's solution in float64, for poses of shape (N, J, 3)."""
+    poses, targets = np.float64(poses), np.float64(targets)
+    mean, target_mean = poses.mean(1, keepdims=True), targets.mean(1, keepdims=True)
+    pose, target = poses - mean, targets - target_mean
+    u, s, vt = np.linalg.svd(target.transpose(0, 2, 1) @ pose)
+    signs = np.ones_like(s)
+    signs[:, 2] = np.sign(np.linalg.det(u @ vt))
+    rotation = (u * signs[:, None]) @ vt
+    scale = (s * signs).sum(1) / (pose**2).sum((1, 2))
+    return scale[:, None, None] * pose @ rotation.transpose(0, 2, 1) + target_mean
+
+
+def random_rotations(rng, n):
+    q = np.linalg.qr(rng.normal(size=(n, 3, 3)))[0]
+    return q * np.sign(np.linalg.det(q))[:, None, None]
+
+
+def poses_of(kind, rng, n=300):
+    truth = np.tile(TRUTH, (n // len(TRUTH), 1, 1))
+    noisy = truth + rng.normal(size=truth.shape) * 60
+    return truth, {
+        "exact": truth,
+        "noisy": noisy,
+        "similar": 1.3 * truth @ random_rotations(rng, n) + rng.normal(size=(n, 1, 3)) * 1000,
+        "unrelated": rng.normal(size=truth.shape) * 300,
+        "mirrored": noisy * [-1, 1, 1],
+        "nearly planar": noisy * [1, 1, 1e-3],
+        "planar": noisy * [1, 1, 0],
+        "nearly collinear": noisy * [1e-3, 1, 1e-3],
+        "tiny": noisy * 1e-6,
+        "huge": noisy * 1e6,
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["exact", "noisy", "similar", "unrelated", "mirrored", "nearly planar", "planar",
+     "nearly collinear", "tiny", "huge"],
+)  # fmt: skip
+def test_agrees_with_float64_svd(kind):
+    truth, poses = poses_of(kind, np.random.default_rng(10))
+    aligned = align(jnp.float32(poses), jnp.float32(truth))
+    expected = align_by_svd(np.float32(poses), truth)
+    assert np.abs(aligned - expected).max() < 1e-3
+
+
+def test_mirrored_pose_is_not_reflected_back():
+    mirrored = TRUTH * np.float32([-1, 1, 1])
+    aligned = np.asarray(align(mirrored, TRUTH))
+    assert np.linalg.norm(aligned - TRUTH, axis=-1).mean(1).min() > 5
+    # The similarity keeps the handedness of any three bones.
+    handedness = np.linalg.det(aligned[:, [1, 8, 9]] - aligned[:, :1])
+    np.testing.assert_array_equal(
+        np.sign(handedness), np.sign(np.linalg.det(mirrored[:, [1, 8, 9]] - mirrored[:, :1]))
+    )
+
+
+def test_result_is_invariant_to_similarities_of_the_pose():
+    rng = np.random.default_rng(11)
+    _, poses = poses_of("noisy", rng)
+    targets = jnp.asarray(np.tile(TRUTH, (50, 1, 1)))
+    moved = 0.4 * poses @ random_rotations(rng, len(poses)) + rng.normal(size=(300, 1, 3)) * 50
+    difference = align(jnp.float32(moved), targets) - align(jnp.float32(poses), targets)
+    assert np.abs(difference).max() < 2e-3
+
+
+@pytest.mark.parametrize("axes", [[0, 1, 0], [0, 0, 0], [0.3, -0.5, 0.8]])
+def test_rotation_stays_a_rotation_when_it_is_not_unique(axes):
+    """On a line or in a point many rotations are optimal: the angles must survive anyway."""
+    direction = np.float32(axes)
+    line = TRUTH[..., 1:2] * direction
+    for pose, target in ((TRUTH, line), (line, TRUTH), (line, line)):
+        aligned = np.asarray(align(pose, target))
+        assert np.isfinite(aligned).all()
+        before, after = (p - p.mean(1, keepdims=True) for p in (np.float64(pose), aligned))
+        gram, turned = (p @ p.transpose(0, 2, 1) for p in (before, after))
+        scale = np.trace(turned, axis1=1, axis2=2) / np.maximum(
+            np.trace(gram, axis1=1, axis2=2), 1e-9
+        )
+        np.testing.assert_allclose(turned, scale[:, None, None] * gram, atol=2)
+        # Least squares: the residual is what float64 leaves.
+        if np.any(axes) or pose is TRUTH:
+            best = align_by_svd(pose, target)
+            np.testing.assert_allclose(
+                ((aligned - target) ** 2).sum((1, 2)), ((best - target) ** 2).sum((1, 2)),
+                rtol=1e-4, atol=1e-3,
+            )  # fmt: skip
+
+
+def test_pose_without_extent_lands_on_the_targets_mean():
+    pose = np.full_like(TRUTH, 333.3)
+    aligned = align(pose, TRUTH)
+    expected = np.broadcast_to(TRUTH.mean(1, keepdims=True), TRUTH.shape)
+    np.testing.assert_allclose(aligned, expected, atol=1e-3)
+
+
+def test_broadcasts_over_leading_axes():
+    rng = np.random.default_rng(12)
+    poses = jnp.asarray(rng.normal(size=(6, 2, 5, 17, 3)) * 300, jnp.float32)
+    aligned = align(poses, TRUTH[:, None, None])
+    assert aligned.shape == poses.shape
+    # Not exact: another shape may be compiled to another order of the sums.
+    np.testing.assert_allclose(aligned[3, 1, 2], align(poses[3, 1, 2], TRUTH[3]), atol=1e-3)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"\(6, 17, 3\).*\(17, 3\)"):
+        procrustes_align(jnp.zeros((6, 17, 3)), jnp.zeros((17, 3)))

@@ -1,0 +1,133 @@
+"""The batched Gaussian fit against scipy's, map by map."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import OptimizeWarning, curve_fit
+
+from diffpose_jax.evaluation.ambiguity import MAX_SIGMA_PX, fit_gaussians, is_ambiguous
+
+Y, X = np.mgrid[:64, :64].astype(float)
+
+
+def gaussian(amplitude, x0, y0, sigma_1, sigma_2, angle):
+    """A rotated Gaussian (64, 64); sigma_1 along the direction of `angle`."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    along = cos * (X - x0) + sin * (Y - y0)
+    across = -sin * (X - x0) + cos * (Y - y0)
+    return amplitude * np.exp(-(along**2) / 2 / sigma_1**2 - across**2 / 2 / sigma_2**2)
+
+
+def scipy_fit(heatmap):
+    """The published definition: curve_fit from the argmax with 2 px; None if it gives up."""
+    row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    # Unequal widths: at equal ones the angle has no gradient.
+    start = (heatmap.max(), column, row, 2.1, 1.9, 0.1)
+    try:
+        return curve_fit(
+            lambda _, *p: gaussian(*p).ravel(), np.arange(4096), heatmap.ravel(), p0=start
+        )[0]
+    except (RuntimeError, OptimizeWarning):
+        return None
+
+
+def random_maps(number, seed):
+    """Two peaks, wide and narrow, rotated, cut off by the border, with noise."""
+    rng = np.random.default_rng(seed)
+    maps = []
+    for _ in range(number):
+        peaks = [
+            gaussian(
+                height, *rng.uniform(0, 63, 2), *rng.uniform(1.5, 6, 2), rng.uniform(-1.5, 1.5)
+            )
+            for height in (0.8, rng.uniform(0, 0.5))
+        ]
+        maps.append(sum(peaks) + 0.004 * rng.standard_normal((64, 64)))
+    return np.stack(maps)
+
+
+def test_finds_exact_gaussians():
+    rng = np.random.default_rng(0)
+    large, small = rng.uniform(4, 9, 24), rng.uniform(1.2, 3.5, 24)
+    centre, angle = rng.uniform(10, 54, (24, 2)), rng.uniform(-1.5, 1.5, 24)
+    height = 10.0 ** rng.uniform(-3, 3, 24)
+    parameters = zip(height, *centre.T, large, small, angle, strict=True)
+    fit = fit_gaussians(np.stack([gaussian(*p) for p in parameters]))
+    np.testing.assert_allclose(fit.amplitude, height, rtol=1e-3)
+    np.testing.assert_allclose(fit.centre_xy, centre, atol=1e-2)
+    np.testing.assert_allclose(fit.sigma_px, np.stack([large, small], -1), rtol=1e-3)
+    np.testing.assert_allclose(fit.angle, angle, atol=1e-3)
+
+
+def test_equals_scipy():
+    maps = random_maps(60, seed=1)
+    sigma = np.asarray(fit_gaussians(maps).sigma_px)
+    compared = 0
+    for heatmap, mine in zip(maps, sigma, strict=True):
+        theirs = scipy_fit(heatmap)
+        if theirs is not None:
+            compared += 1
+            np.testing.assert_allclose(mine, np.sort(np.abs(theirs[3:5]))[::-1], rtol=1e-2)
+    assert compared > 50
+
+
+def test_fits_do_not_depend_on_the_batch():
+    maps = random_maps(70, seed=2)
+    together = fit_gaussians(maps.reshape(7, 10, 64, 64))
+    assert together.sigma_px.shape == (7, 10, 2)
+    assert together.angle.shape == (7, 10)
+    alone = fit_gaussians(maps[23:24])
+    np.testing.assert_allclose(together.sigma_px.reshape(70, 2)[23], alone.sigma_px[0], rtol=1e-4)
+
+
+def test_gradient_is_zero_at_the_solution():
+    def cost(parameters, heatmap):
+        amplitude, x0, y0, sigma_1, sigma_2, angle = parameters
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        along, across = cos * (X - x0) + sin * (Y - y0), -sin * (X - x0) + cos * (Y - y0)
+        model = jnp.exp(-(along**2) / 2 / sigma_1**2 - across**2 / 2 / sigma_2**2)
+        return jnp.sum((amplitude * model - heatmap) ** 2)
+
+    maps = random_maps(30, seed=3).astype(np.float32)
+    fit = fit_gaussians(maps)
+    packed = jnp.concatenate(
+        [fit.amplitude[:, None], fit.centre_xy, fit.sigma_px, fit.angle[:, None]], axis=-1
+    )
+    at_start = packed + jnp.array([[0.1, 0.5, 0.5, 0.5, 0.5, 0.1]])
+    gradient = jax.jit(jax.vmap(jax.grad(cost)))
+    # Relative to the gradient a small step away.
+    ratio = jnp.linalg.norm(gradient(packed, maps), axis=-1) / jnp.linalg.norm(
+        gradient(at_start, maps), axis=-1
+    )
+    assert float(jnp.median(ratio)) < 1e-3
+    assert float(ratio.max()) < 2e-2
+
+
+def test_degenerate_maps_are_finite_and_wide():
+    maps = np.zeros((5, 64, 64), np.float32)
+    maps[1] -= 0.01
+    maps[2] += 0.3
+    maps[3] = 1e-3 * np.random.default_rng(4).standard_normal((64, 64))
+    maps[4, 20, 30] = 1.0
+    fit = fit_gaussians(maps)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in fit)
+    np.testing.assert_array_equal(fit.sigma_px[:2], MAX_SIGMA_PX)
+    np.testing.assert_array_equal(fit.amplitude[:2], 0.0)
+    assert float(fit.sigma_px[2, 0]) > 60.0
+    assert float(fit.sigma_px[4, 0]) < 1.0
+
+
+def test_is_ambiguous():
+    narrow = np.stack([gaussian(0.9, 30, 30, 2, 2, 0)] * 16)
+    frames = np.stack([narrow] * 4)
+    frames[1, 7] = gaussian(0.5, 20, 40, 5.2, 2, 0.7)
+    frames[2, 15] = 0.0
+    frames[3, 3] = gaussian(0.5, 20, 40, 4.8, 4.8, 0)
+    np.testing.assert_array_equal(is_ambiguous(frames), [False, True, True, False])
+    np.testing.assert_array_equal(is_ambiguous(frames, 4.5), [False, True, True, True])
+
+
+def test_wrong_shape():
+    with pytest.raises(ValueError, match=r"must be \(..., H, W\)"):
+        fit_gaussians(np.zeros(64))

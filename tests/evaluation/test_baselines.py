@@ -1,0 +1,172 @@
+"""The controls learn what they should and keep what they promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffpose_jax.evaluation import baselines as controls
+from diffpose_jax.training.checkpoints import CheckpointError
+
+FIT = {"steps": 400, "batch_size": 64, "width": 128, "learning_rate": 3e-3}
+
+
+def toy_data(n=900, seed=0):
+    """Poses that are a nearly linear function of the inputs; the likelihoods are constant."""
+    rng = np.random.default_rng(100)
+    to_inputs, to_poses = rng.normal(size=(5, 32)) * 0.2, rng.normal(size=(5, 48)) * 100
+    latent = np.random.default_rng(seed).normal(size=(n, 5))
+    inputs, poses = np.ones((n, 16, 3)), np.zeros((n, 17, 3))
+    inputs[..., :2] = np.tanh(latent @ to_inputs).reshape(n, 16, 2)
+    poses[:, 1:] = (latent @ to_poses + 300).reshape(n, 16, 3)
+    return np.float32(inputs), np.float32(poses)
+
+
+def mpjpe(a, b):
+    return float(np.linalg.norm(np.asarray(a) - np.asarray(b), axis=-1).mean())
+
+
+@pytest.fixture(scope="module")
+def regression():
+    inputs, poses = toy_data()
+    return controls.fit_regression(jax.random.key(1), inputs, poses, **FIT)
+
+
+def test_regression_learns_a_nearly_linear_map(regression):
+    inputs, poses = toy_data(seed=1)
+    spread = mpjpe(poses, poses.mean(0))
+    assert mpjpe(controls.predict(regression, inputs), poses) < 0.25 * spread
+
+
+def test_regression_is_the_same_for_the_same_key(regression):
+    inputs, poses = toy_data()
+    again = controls.fit_regression(jax.random.key(1), inputs, poses, **FIT)
+    other = controls.fit_regression(jax.random.key(2), inputs, poses, **FIT)
+    jax.tree.map(np.testing.assert_array_equal, again, regression)
+    assert mpjpe(controls.predict(other, inputs), controls.predict(regression, inputs)) > 1
+
+
+def test_prediction_has_the_hip_at_zero_and_does_not_depend_on_the_batch(regression):
+    inputs, _ = toy_data()
+    predicted = jax.jit(controls.predict)(regression, inputs[:8])
+    assert predicted.shape == (8, 17, 3)
+    assert not np.any(predicted[:, 0])
+    alone = controls.predict(regression, inputs[3:4])
+    np.testing.assert_allclose(alone, predicted[3:4], atol=0.05)
+
+
+def test_network_is_that_of_the_paper():
+    network = controls.RegressionNetwork(1024)
+    shapes = jax.eval_shape(
+        lambda key: network.init(key, jnp.zeros((1, 32)), train=False), jax.random.key(0)
+    )
+    layers = [shapes["params"][f"Dense_{i}"]["kernel"].shape for i in range(6)]
+    assert layers == [(32, 1024), *[(1024, 1024)] * 4, (1024, 48)]
+    assert sum(name.startswith("BatchNorm") for name in shapes["params"]) == 5
+
+
+def test_dropout_and_batch_statistics_act_in_training_only(regression):
+    network = controls.RegressionNetwork(128)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(32, 48)), jnp.float32)
+
+    def train(seed):
+        return network.apply(
+            regression.variables,
+            x,
+            train=True,
+            rngs={"dropout": jax.random.key(seed)},
+            mutable=["batch_stats"],
+        )
+
+    (first, updates), (second, _) = train(0), train(1)
+    assert np.abs(first - second).max() > 0.01
+    before = regression.variables["batch_stats"]["BatchNorm_0"]["mean"]
+    assert np.abs(updates["batch_stats"]["BatchNorm_0"]["mean"] - before).max() > 0
+
+
+def test_gaussian_recovers_a_full_covariance():
+    rng = np.random.default_rng(4)
+    mixing = rng.normal(size=(48, 48)) * 5 + np.diag(np.linspace(10, 60, 48))
+    covariance = mixing @ mixing.T
+    residuals = np.zeros((50_000, 17, 3))
+    residuals[:, 1:] = (rng.normal(size=(50_000, 48)) @ mixing.T).reshape(-1, 16, 3)
+    gaussian = controls.fit_gaussian(residuals)
+    scale = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+    fitted = np.float64(gaussian.factor_mm) @ np.float64(gaussian.factor_mm).T
+    assert np.abs((fitted - covariance) / scale).max() < 0.03
+
+    means = jnp.asarray(np.float32(rng.normal(size=(3, 17, 3)) * 300)).at[:, 0].set(0)
+    hypotheses = jax.jit(controls.draw, static_argnums=3)(
+        jax.random.key(5), gaussian, means, 20_000
+    )
+    assert hypotheses.shape == (3, 20_000, 17, 3)
+    assert not np.any(hypotheses[:, :, 0])
+    np.testing.assert_allclose(hypotheses.mean(1), means, atol=3)
+    drawn = np.cov(np.float64((hypotheses - means[:, None])[:, :, 1:]).reshape(-1, 48).T)
+    assert np.abs((drawn - covariance) / scale).max() < 0.03
+
+
+def test_draws_differ_between_frames_and_repeat_with_the_key():
+    gaussian = controls.GaussianParams(jnp.eye(48) * 10)
+    means = jnp.zeros((2, 17, 3))
+    first = controls.draw(jax.random.key(6), gaussian, means, 4)
+    np.testing.assert_array_equal(first, controls.draw(jax.random.key(6), gaussian, means, 4))
+    assert np.abs(first - controls.draw(jax.random.key(7), gaussian, means, 4)).max() > 1
+    assert np.abs(first[0] - first[1]).max() > 1
+
+
+def test_singular_covariances_are_drawn_from_their_span():
+    rng = np.random.default_rng(8)
+    direction = np.zeros((17, 3))
+    direction[1:] = rng.normal(size=(16, 3))
+    gaussian = controls.fit_gaussian(rng.normal(size=(10, 1, 1)) * direction * 20)
+    drawn = controls.draw(jax.random.key(9), gaussian, jnp.zeros((1, 17, 3)), 50)[0]
+    drawn = np.asarray(drawn)
+    length = np.sum(drawn * np.float32(direction), (1, 2)) / np.sum(direction**2)
+    assert np.std(length) > 5
+    np.testing.assert_allclose(drawn, length[:, None, None] * direction, atol=0.01)
+
+    nothing = controls.fit_gaussian(np.zeros((5, 17, 3)))
+    assert not np.any(controls.draw(jax.random.key(9), nothing, jnp.zeros((1, 17, 3)), 5))
+
+
+def test_the_three_controls_come_from_the_same_frames(regression):
+    inputs, poses = toy_data()
+    fitted = controls.fit_controls(jax.random.key(1), inputs, poses, **FIT)
+    jax.tree.map(np.testing.assert_array_equal, fitted.regression, regression)
+    np.testing.assert_allclose(fitted.mean_pose_mm, poses.mean(0, dtype=np.float64), rtol=1e-5)
+    errors = poses - np.asarray(controls.predict(fitted.regression, inputs))
+    spread = np.sqrt(np.sum(np.float64(fitted.gaussian.factor_mm) ** 2) / 48)
+    assert spread == pytest.approx(np.sqrt(np.mean(errors[:, 1:] ** 2)), rel=1e-3)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(fitted))
+
+
+def test_saved_and_read_again(regression, tmp_path):
+    path = tmp_path / "controls.npz"
+    fitted = controls.Controls(
+        mean_pose_mm=jnp.arange(51.0).reshape(17, 3),
+        regression=regression,
+        gaussian=controls.GaussianParams(jnp.eye(48)),
+    )
+    controls.save(path, fitted, {"seed": 1, "rate": 1e-3})
+    found, fitted_on = controls.load(path)
+    assert fitted_on == {"seed": 1, "rate": 1e-3}
+    assert jax.tree.structure(found) == jax.tree.structure(fitted)
+    for x, y in zip(*map(jax.tree.leaves, (found, fitted)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for damaged in (b"", content[:middle], flipped, b"junk"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"controls\.npz is damaged .*; remove it"):
+            controls.load(path)
+
+
+def test_bad_input_is_named():
+    inputs, poses = toy_data(n=8)
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"inputs \(8, 16, 2\)"):
+        controls.fit_regression(key, inputs[..., :2], poses, **FIT)
+    with pytest.raises(ValueError, match="N at least 1"):
+        controls.fit_gaussian(np.zeros((0, 17, 3)))

@@ -1,0 +1,394 @@
+"""Published PyTorch files to checkpoints and back, with files that PyTorch wrote."""
+
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from paths import GOLDEN, ROOT
+from seeded_weights import seeded_weights
+from small import distinct_config, small_network
+
+import diffpose_jax
+from configs import h36m_released
+from diffpose_jax import detectors
+from diffpose_jax.detectors import hrnet
+from diffpose_jax.interop import torch_weights
+from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.method import heatmaps, sampling
+from diffpose_jax.training import checkpoints
+from diffpose_jax.training.checkpoints import CheckpointError
+
+torch = pytest.importorskip("torch")
+convert = programs.load("convert").convert
+
+SPEC = GOLDEN / "diffpose_state_dict.json"
+NORMS = [f"denoise_fn.res_pose{block}.bn{layer}" for block in (1, 2) for layer in (1, 2)]
+SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
+    "posterior_mean_coef1", "posterior_mean_coef2", "p2_loss_weight",
+)  # fmt: skip
+"""Buffers of the published program's diffusion."""
+
+
+@pytest.fixture(scope="module")
+def case():
+    with np.load(GOLDEN / "diffpose_case.npz") as arrays:
+        return dict(arrays)
+
+
+def buffers(case):
+    """All that the published program's state dict has beside parameters, with its numbers."""
+    rng = np.random.default_rng(0)
+    of_schedule = {name: case.get(f"schedule/{name}", np.ones(25)) for name in SCHEDULE}
+    of_norms = {}
+    for name in NORMS:
+        of_norms[f"{name}.running_mean"] = rng.normal(size=1024)
+        of_norms[f"{name}.running_var"] = rng.uniform(1, 2, 1024)
+        of_norms[f"{name}.num_batches_tracked"] = np.int64(700_000)
+    centres = {"condition_emb.pos_encoder.centers": np.linspace(-1, 1, 64)}
+    return {
+        name: torch.from_numpy(np.array(value, value.dtype if value.ndim == 0 else np.float32))
+        for name, value in (of_schedule | of_norms | centres).items()
+    }
+
+
+def in_released_layout(raw, ema):
+    """What the published program saves: state dicts of the model, its average and the scaler."""
+    average = {"initted": torch.tensor([True]), "step": torch.tensor([70_000])}
+    average |= {f"online_model.{name}": tensor for name, tensor in raw.items()}
+    average |= {f"ema_model.{name}": tensor for name, tensor in ema.items()}
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5,
+              "growth_interval": 2000, "_growth_tracker": 17}  # fmt: skip
+    return {"step": 700_000, "model": raw, "ema": average, "scaler": scaler}
+
+
+def tensors_of(arrays):
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def state_dicts(case):
+    """By kind of weights; the raw ones are the case's."""
+    seeds = {"raw": int(case["weights_seed"]), "ema": int(case["weights_seed"]) + 1}
+    constants = buffers(case)
+    return {kind: tensors_of(seeded_weights(SPEC, s)) | constants for kind, s in seeds.items()}
+
+
+@pytest.fixture(scope="module")
+def released(state_dicts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("released") / "model-final.pt"
+    torch.save(in_released_layout(**state_dicts), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(released):
+    """The export, by the program itself, and what it printed."""
+    output = released.parent / "export"
+    arguments = ["--torch", released, "--output", output]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "experiments.convert", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output, done.stdout
+
+
+def reverse_chain(case, network, params):
+    """Poses in metres from the case's candidates and noise."""
+    cells = heatmaps.coordinate_cells(jnp.asarray(case["samples/xy"]))
+    samples = heatmaps.HeatmapSamples(cells, jnp.asarray(case["samples/likelihood"]))
+
+    @jax.jit
+    def chains(params, noise):
+        projected = network.project_condition(params, network.condition(params, samples))
+
+        def chain(projected, noise):
+            denoise = functools.partial(network.denoise, params, projected=projected)
+            return sampling.reverse_chain(denoise, network.schedule, noise, network.clip)
+
+        return jax.vmap(chain, in_axes=(0, 1))(projected, noise) / network.pose_scale
+
+    return np.asarray(chains(params, jnp.asarray(case["reverse/noise"])))
+
+
+def relative_error(result, expected):
+    return np.abs(result - expected).max() / expected.std()
+
+
+def test_a_converted_model_computes_what_the_published_one_does(case, exported):
+    output, printed = exported
+    model = diffpose_jax.load(output)
+    expected_config = h36m_released.get_config()
+    expected_config.model.matmul_dtype = "float32"  # the program's 16 bits were for the training
+    assert model.config.to_json(sort_keys=True) == expected_config.to_json(sort_keys=True)
+    poses = reverse_chain(case, model.network, model.params)
+    assert relative_error(poses, case["reverse/pose_m"]) < 1e-4
+    assert f"{output}: a DiffPose model, raw weights" in printed
+    for name in (*SCHEDULE, *(f"{norm}.running_var" for norm in NORMS)):
+        assert name in printed
+
+
+def test_raw_and_ema_weights(released, state_dicts, exported, tmp_path):
+    what, unused = convert(released, tmp_path / "ema", "ema", h36m_released.get_config())
+    assert what == "a DiffPose model, ema weights"
+    assert set(unused) == {
+        *SCHEDULE, "condition_emb.pos_encoder.centers", "condition_emb.conf_out.weight",
+        "condition_emb.conf_out.bias",
+        *(f"{norm}.{kind}" for norm in NORMS for kind in (
+            "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+        )),
+    }  # fmt: skip
+    for folder, kind in ((exported[0], "raw"), (tmp_path / "ema", "ema")):
+        tensors = torch_weights.to_torch(checkpoints.load(folder).params)
+        for name, tensor in state_dicts[kind].items():
+            if name not in unused:
+                np.testing.assert_array_equal(tensors[name], tensor, err_msg=f"{kind} {name}")
+
+
+def published_module(case):
+    """A module of PyTorch with the published program's parameters and buffers, and no others."""
+    root = torch.nn.Module()
+    wanted = {
+        name: torch.nn.Parameter(torch.full(tuple(shape), torch.nan))
+        for name, shape in json.loads(SPEC.read_text()).items()
+    }
+    wanted |= {name: torch.full_like(value, -1) for name, value in buffers(case).items()}
+    for name, value in wanted.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        if isinstance(value, torch.nn.Parameter):
+            module.register_parameter(leaf, value)
+        else:
+            module.register_buffer(leaf, value)
+    return root
+
+
+def test_written_back_the_published_program_loads_it(case, exported, state_dicts, tmp_path):
+    model = diffpose_jax.load(exported[0])
+    path = tmp_path / "folder" / "back.pt"
+    torch_weights.write_file(path, model.params, model.network.schedule)
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"step", "model", "ema", "scaler"}
+    average = content["ema"]
+    assert {"initted", "step"} <= set(average)
+    copies = [content["model"]] + [
+        {n.removeprefix(prefix): t for n, t in average.items() if n.startswith(prefix)}
+        for prefix in ("online_model.", "ema_model.")
+    ]
+    assert len(average) == 2 + 2 * len(content["model"])
+    module = published_module(case)
+    for tensors in copies:
+        module.load_state_dict(tensors)  # strict: all names and shapes
+        loaded = module.state_dict()
+        for name, tensor in state_dicts["raw"].items():
+            assert loaded[name].dtype == tensor.dtype == tensors[name].dtype, name
+            if name.startswith(tuple(NORMS)):
+                neutral = 1 if name.endswith((".weight", "running_var")) else 0
+                assert (loaded[name] == neutral).all(), name
+            elif "conf_out" in name:
+                assert (loaded[name] == 0).all(), name
+            elif f"schedule/{name}" in case or "centers" in name:
+                np.testing.assert_allclose(loaded[name], tensor, rtol=1e-5, atol=1e-7)
+            elif name not in SCHEDULE:
+                np.testing.assert_array_equal(loaded[name], tensor, err_msg=name)
+    # And it reads its own file.
+    convert(path, tmp_path / "again", "ema", model.config)
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoints.load(tmp_path / "again").params, model.params
+    )
+
+
+# --- files that are not what they should be ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """A file of a small network's weights."""
+    network = small_network()
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda p: np.float32(rng.normal(size=p.shape)),
+        jax.eval_shape(network.init, jax.random.key(0)),
+    )
+    path = tmp_path_factory.mktemp("small") / "small.pt"
+    torch_weights.write_file(path, params, network.schedule)
+    return path
+
+
+def error_of(path, output, weights="raw", config=None):
+    with pytest.raises(WeightsError) as error:
+        convert(path, output, weights, config or distinct_config())
+    assert str(path) in str(error.value)
+    assert not output.exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"denoise_fn.pose.weight": None}, "missing tensor denoise_fn.pose.weight."),
+        ({"denoise_fn.posse.weight": torch.zeros(1)}, "unknown tensor denoise_fn.posse.weight."),
+        ({"denoise_fn.pose.bias": torch.zeros(51)}, "denoise_fn.pose.bias is (51,), not (48,)"),
+        ({"betas": torch.full((10,), 0.1)}, "of 10 steps, than the configuration's 5;"),
+        ({"betas": torch.full((5,), 0.1)}, "another noise schedule, of 5 steps"),
+        ({"denoise_fn.pose.bias": [0.0]}, "denoise_fn.pose.bias are no tensors"),
+    ],
+)
+def test_a_wrong_tensor_is_named(small_file, tmp_path, weights, changes, problem):
+    content = torch.load(small_file, weights_only=True)
+    part, prefix = {"raw": ("model", ""), "ema": ("ema", "ema_model.")}[weights]
+    for name, value in changes.items():
+        content[part][prefix + name] = value
+        if value is None:
+            del content[part][prefix + name]
+    path = tmp_path / "changed.pt"
+    torch.save(content, path)
+    assert problem in error_of(path, tmp_path / "output", weights)
+    other = {"raw": "ema", "ema": "raw"}[weights]  # which is whole
+    convert(path, tmp_path / "output", other, distinct_config())
+
+
+def test_another_configuration(small_file, tmp_path):
+    config = distinct_config(denoiser_width=24, encoder_layers=2)
+    message = error_of(small_file, tmp_path / "output", config=config)
+    assert "tensor denoise_fn.upscale.bias is (32,), not (24,)" in message
+    assert "missing tensor condition_emb.transformer.layers.1.norm1.bias" in message
+    assert "Is this the configuration that they were trained with?" in message
+
+
+def test_a_state_dict_alone(small_file, tmp_path):
+    content = torch.load(small_file, weights_only=True)
+    path = tmp_path / "plain.pt"
+    torch.save(content["model"], path)
+    assert "holds no ema weights" in error_of(path, tmp_path / "output", "ema")
+    convert(path, tmp_path / "output", "raw", distinct_config())
+    convert(small_file, tmp_path / "whole", "raw", distinct_config())
+    plain, whole = (checkpoints.load(tmp_path / name).params for name in ("output", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, plain, whole)
+
+
+@pytest.mark.parametrize(
+    ("content", "weights", "problem"),
+    [
+        ({"model": {"a": torch.ones(2)}}, "ema", "holds no ema weights: 'ema' is missing"),
+        ({"ema": {"a": torch.ones(2)}}, "raw", "holds no raw weights: 'model' is missing"),
+        ([torch.ones(2)], "raw", "holds a list, not a dictionary of tensors"),
+        (torch.ones(2), "raw", "holds a ndarray, not a dictionary of tensors"),
+        ({}, "raw", "is no state dict: it is empty"),
+        ({"epoch": 3, "lr": 0.1}, "raw", "is no state dict: epoch, lr are no tensors"),
+        ({"weights": torch.ones(2)}, "raw", "unknown tensor weights"),
+    ],
+)
+def test_other_contents(tmp_path, content, weights, problem):
+    path = tmp_path / "other.pt"
+    torch.save(content, path)
+    assert problem in error_of(path, tmp_path / "output", weights)
+
+
+def test_no_such_file(tmp_path):
+    assert "nothing.pt does not exist" in error_of(tmp_path / "nothing.pt", tmp_path / "output")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000, -100])
+def test_a_truncated_file(small_file, tmp_path, keep):
+    path = tmp_path / "half.pt"
+    path.write_bytes(small_file.read_bytes()[:keep])
+    message = error_of(path, tmp_path / "output")
+    assert "is not a PyTorch file of tensors alone" in message
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\x89HDF\r\n\x1a\n" + bytes(100)])
+def test_not_a_pytorch_file(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    assert "is not a PyTorch file of tensors alone" in error_of(path, tmp_path / "output")
+
+
+class Program:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(
+    pickle.dumps(content))], ids=["zip", "pickle"])  # fmt: skip
+def test_code_in_a_file_does_not_run(tmp_path, write):
+    made = tmp_path / "made"
+    path = tmp_path / "model.pt"
+    write({"model": Program(f"touch {made}")}, path)
+    message = error_of(path, tmp_path / "output")
+    assert not made.exists()
+    assert "weights_only" not in message  # PyTorch's own advice
+    assert len(message) < 300
+    pickle.loads(pickle.dumps(Program(f"touch {made}")))
+    assert made.exists()
+
+
+def test_nothing_is_overwritten(small_file, tmp_path):
+    with pytest.raises(CheckpointError, match="there already"):
+        convert(small_file, tmp_path, "raw", distinct_config())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoder", ["candidates", "heatmaps"])
+def test_no_pytorch_file_of_another_encoder(tmp_path, encoder):
+    network = small_network(encoder=encoder, resnet_width=4)
+    params = jax.tree.map(
+        lambda p: np.zeros(p.shape, p.dtype), jax.eval_shape(network.init, jax.random.key(0))
+    )
+    with pytest.raises(WeightsError, match='no other encoder than the "embedding"'):
+        torch_weights.write_file(tmp_path / "model.pt", params, network.schedule)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the detector ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hrnet_tensors():
+    return seeded_weights(GOLDEN / "hrnet_w32_state_dict.json", seed=7)
+
+
+@pytest.mark.parametrize("layout", ["plain", "net"])
+def test_hrnet_becomes_a_detector(hrnet_tensors, tmp_path, layout):
+    path, output = tmp_path / "pose_hrnet_w32_256x256.pth", tmp_path / "hrnet"
+    tensors = tensors_of(hrnet_tensors)
+    torch.save({"plain": tensors, "net": {"epoch": 12, "net": tensors}}[layout], path)
+    what, unused = convert(path, output, "raw", distinct_config())
+    assert (what, unused) == ("the detector HRNet-W32", [])
+    found = detectors.load(output).params
+    kernel = hrnet_tensors["final_layer.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(found["final_layer"]["kernel"], kernel)
+    if layout == "net":
+        expected = hrnet.from_torch(hrnet_tensors)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_another_detector(tmp_path):
+    path = tmp_path / "hrnet_w48.pth"
+    torch.save({"final_layer.weight": torch.zeros(17, 48, 1, 1)}, path)
+    message = error_of(path, tmp_path / "output")
+    assert "final_layer.weight is (17, 48, 1, 1), not (16, 32, 1, 1)" in message
+    assert "missing tensor conv1.weight" in message

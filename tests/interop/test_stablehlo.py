@@ -1,0 +1,260 @@
+"""The sampler as a program: it draws what the library draws, where there is no library."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from absl import app
+from jax import export
+from small import random_heatmaps, small_model, small_network
+
+from diffpose_jax.config import ConfigError
+from diffpose_jax.interop import stablehlo
+from diffpose_jax.io import extras, files
+from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
+from diffpose_jax.training import checkpoints
+from diffpose_jax.training.checkpoints import CheckpointError
+
+NUM_HYPOTHESES = 30
+BATCHES = (1, 3, 70)
+SEED = 2**32 - 1
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "stablehlo"
+    stablehlo.write(folder, stablehlo.build(small_model(), NUM_HYPOTHESES))
+    return folder
+
+
+def example_of(folder):
+    spec = importlib.util.spec_from_file_location("example", folder / "example.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Modules that are None in sys.modules cannot be imported. -I: no PYTHONPATH, not this folder.
+ISOLATED = """
+import sys
+from pathlib import Path
+
+absent = ("diffpose_jax", "flax", "orbax", "ml_collections", "absl")
+sys.modules |= dict.fromkeys(absent)
+folder, seed, *rest = sys.argv[1:]
+sys.path.insert(0, folder)
+import example
+import numpy as np
+
+sample = example.load(Path(folder))
+for inputs, output in zip(rest[::2], rest[1::2], strict=True):
+    np.save(output, sample(int(seed), np.load(inputs)))
+assert not any(name.split(".")[0] in absent and sys.modules[name] for name in sys.modules)
+"""
+
+
+def test_the_same_seed_gives_the_library_s_hypotheses_without_the_library(folder, tmp_path):
+    maps, names = random_heatmaps(0, max(BATCHES)), []
+    for number in BATCHES:
+        names += [tmp_path / f"maps{number}.npy", tmp_path / f"poses{number}.npy"]
+        np.save(names[-2], maps[:number])
+    done = subprocess.run(
+        [sys.executable, "-I", "-W", "error", "-c", ISOLATED, folder, str(SEED), *names],
+        cwd=tmp_path,
+        env={"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = small_model().sample(jax.random.key(SEED), maps, NUM_HYPOTHESES)
+    assert np.std(expected, axis=1)[:, 1:].min() > 10
+    for number, name in zip(BATCHES, names[1::2], strict=True):
+        poses_mm = np.load(name)
+        assert poses_mm.shape == (number, NUM_HYPOTHESES, 17, 3)
+        assert poses_mm.dtype == np.float32
+        np.testing.assert_allclose(poses_mm, expected[:number], atol=0.1)
+
+
+def test_another_solver_and_candidates_for_each_hypothesis(tmp_path):
+    library, maps = small_model(candidates="per_hypothesis"), random_heatmaps(5, 2)
+    solver = "dpm++:3"
+    stablehlo.write(tmp_path / "s", stablehlo.build(library, 2, solver))
+    poses_mm = example_of(tmp_path / "s").load(tmp_path / "s")(7, maps)
+    expected = library.network.sample(
+        library.params, jax.random.key(7), jnp.asarray(maps), 2, solver=solver
+    )
+    np.testing.assert_allclose(poses_mm, expected, atol=0.1)
+    assert json.loads((tmp_path / "s" / "sampler.json").read_text())["solver"] == solver
+
+
+def test_the_passes_are_those_of_the_platform_that_runs_it():
+    """Wherever it is exported: 200 hypotheses at a time on a CPU, all 6,400 elsewhere."""
+    network = small_network()
+    shapes = (
+        jax.eval_shape(network.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+        jax.ShapeDtypeStruct((64, 16, 64, 64), jnp.float32),
+    )
+
+    @jax.jit
+    def sampler(params, seed, heatmaps):
+        return network.sample(params, jax.random.key(seed), heatmaps, 100)
+
+    def passes(*platforms):
+        program = export.export(sampler, platforms=platforms)(*shapes).mlir_module()
+        return [f"tensor<{size}x32xf32>" in program for size in (200, 6_400)]
+
+    assert passes("cpu") == [True, False]
+    assert passes("cuda") == [False, True]
+    assert passes("cpu", "cuda") == [True, True]
+
+
+def test_the_description(folder):
+    description = json.loads((folder / "sampler.json").read_text())
+    assert description["format"] == "diffpose_jax sampler 1"
+    assert description["jax"] == jax.__version__
+    assert description["platforms"] == ["cpu", "cuda"]
+    assert description["num_hypotheses"] == NUM_HYPOTHESES
+    assert description["solver"] == "ddpm"
+    assert description["arguments"]["heatmaps"].startswith("float32 (B, 16, 64, 64)")
+    assert description["result"]["poses_mm"].startswith("float32 (B, 30, 17, 3)")
+    assert description["heatmap_joints"] == list(MPII_JOINTS)
+    assert description["pose_joints"] == list(H36M_JOINTS)
+    exported = export.deserialize(bytearray((folder / "sampler.stablehlo").read_bytes()))
+    assert description["calling_convention_version"] == exported.calling_convention_version
+    assert str(exported.out_avals[0].shape) == "(b, 30, 17, 3)"
+
+
+def test_nothing_tells_where_it_was_written(folder):
+    program = (folder / "sampler.stablehlo").read_bytes()
+    assert b"model.py" in program
+    for place in (stablehlo.__file__, jax.__file__):
+        assert os.path.dirname(place).encode() not in program
+    assert jax.config.jax_hlo_source_file_canonicalization_regex is None
+
+
+def test_the_parameters_are_beside_the_program(folder):
+    assert (folder / "sampler.stablehlo").stat().st_size < 200_000
+    params = small_model().params
+    with np.load(folder / "parameters.npz") as parameters:
+        assert len(parameters) == len(jax.tree.leaves(params))
+        for name, array in parameters.items():
+            leaf = params
+            for part in name.split("/"):
+                leaf = leaf[part]
+            np.testing.assert_array_equal(array, leaf)
+
+
+def test_wrong_inputs_are_jax_s_errors(folder):
+    sample = example_of(folder).load(folder)
+    with pytest.raises(ValueError, match="value >= 1"):
+        sample(0, np.zeros((0, 16, 64, 64)))
+    with pytest.raises(ValueError, match="64"):
+        sample(0, np.zeros((1, 16, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: b"", lambda content: content[: len(content) // 2]]
+)
+def test_a_program_that_this_jax_cannot_read(folder, tmp_path, damage):
+    for name in ("example.py", "sampler.json", "sampler.stablehlo"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    description = json.loads((tmp_path / "sampler.json").read_text()) | {"jax": "99.1"}
+    (tmp_path / "sampler.json").write_text(json.dumps(description))
+    program = tmp_path / "sampler.stablehlo"
+    program.write_bytes(damage(program.read_bytes()))
+    with pytest.raises(
+        RuntimeError, match=r"cannot read .*sampler\.stablehlo.* jax 99\.1: install"
+    ):
+        example_of(tmp_path).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [((0,), "num_hypotheses must be at least 1, not 0"), ((5, "euler"), "solver must be")],
+)
+def test_bad_arguments(arguments, problem):
+    with pytest.raises(ConfigError, match=problem):
+        stablehlo.build(small_model(), *arguments)
+
+
+def test_without_flatbuffers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(extras.MissingExtraError, match=r"diffpose_jax\[stablehlo\]"):
+        stablehlo.build(small_model(), 1)
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    contents = {"a": b"1", "b": b"2"}
+    whole = files.write_whole
+
+    def fails_at_b(path, content):
+        if path.name == "b":
+            raise OSError(28, "No space left on device", str(path))
+        return whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_whole", fails_at_b)
+        with pytest.raises(OSError, match="No space left"):
+            stablehlo.write(tmp_path / "s", contents)
+    assert not list(tmp_path.iterdir())
+    stablehlo.write(tmp_path / "s", contents)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == contents
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(CheckpointError, match="s is there already"):
+        stablehlo.write(tmp_path / "s", contents)
+
+
+@pytest.fixture
+def export_with(tmp_path, monkeypatch):
+    """`experiments.export` with these flags."""
+    program = programs.load("export")
+    checkpoints.export(small_model(), tmp_path / "model")
+    names = {"checkpoint": tmp_path / "model", "output": tmp_path / "export", "weights": None}
+
+    def run(**flags):
+        defaults = {"stablehlo": False, "num_hypotheses": None, "solver": None}
+        for name, value in (names | defaults | flags).items():
+            monkeypatch.setattr(program, name.upper(), types.SimpleNamespace(value=value))
+        program.main([])
+
+    return run
+
+
+@pytest.mark.parametrize("configured", [None, "ddim:2"])
+def test_the_program_writes_it_beside_the_checkpoint(export_with, tmp_path, configured):
+    if configured:
+        library = small_model()
+        library.config.evaluation.update(num_hypotheses=4, solver=configured)
+        shutil.rmtree(tmp_path / "model")
+        checkpoints.export(library, tmp_path / "model")
+        export_with(stablehlo=True)
+    else:
+        export_with(stablehlo=True, num_hypotheses=3)
+    description = json.loads((tmp_path / "export" / "stablehlo" / "sampler.json").read_text())
+    expected = (4, "ddim:2") if configured else (3, "ddpm")
+    assert (description["num_hypotheses"], description["solver"]) == expected
+    assert checkpoints.load(tmp_path / "export").network.num_samples == 6
+    with pytest.raises(CheckpointError, match="export is there already"):
+        export_with(stablehlo=True)
+
+
+def test_what_the_program_refuses_leaves_nothing_behind(export_with, tmp_path):
+    with pytest.raises(ConfigError, match="solver must be"):
+        export_with(stablehlo=True, solver="euler")
+    for flags in ({"num_hypotheses": 3}, {"solver": "ddim:2"}):
+        with pytest.raises(app.UsageError, match="are for --stablehlo"):
+            export_with(**flags)
+    assert not (tmp_path / "export").exists()

@@ -1,0 +1,195 @@
+"""Names and layouts of released PyTorch weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from paths import GOLDEN
+from seeded_weights import seeded_tensor
+from small import small_network
+
+from configs import h36m
+from diffpose_jax import config as config_lib
+from diffpose_jax.interop import torch_weights
+from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.method import diffusion
+from diffpose_jax.method import network as model
+
+SPEC = json.loads((GOLDEN / "diffpose_state_dict.json").read_text())
+
+
+def deep_network(**changes):
+    return small_network(**{"encoder_layers": 2, "denoiser_blocks": 2} | changes)
+
+
+def shapes_of(network):
+    return jax.eval_shape(network.init, jax.random.key(0))
+
+
+def random_params(network, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape)), shapes_of(network))
+
+
+def assert_same_params(params, expected):
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_names_and_shapes_are_the_published_programs():
+    network = config_lib.call(model.build, h36m.get_config().model, "config.model")
+    tensors = torch_weights.to_torch(
+        jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes_of(network))
+    )
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == SPEC
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"encoder_layers": 0}, {"cross_spatial": False}, {"denoiser_blocks": 3},
+     {"encoder_heads": 1}],
+)  # fmt: skip
+def test_there_and_back(changes):
+    network = deep_network(**changes)
+    params = random_params(network, seed=1)
+    tensors = torch_weights.to_torch(params)
+    assert_same_params(torch_weights.from_torch(tensors, shapes_of(network)), params)
+
+
+def test_back_and_there():
+    """Tensors, to parameters, to tensors: equal but for those that nothing reads."""
+    network = deep_network()
+    shapes = {
+        name: tensor.shape
+        for name, tensor in torch_weights.to_torch(random_params(network, seed=2)).items()
+    }
+    tensors = {name: seeded_tensor(name, shape, seed=3) for name, shape in shapes.items()}
+    params = torch_weights.from_torch(tensors, shapes_of(network))
+    # A checkpoint gives its dictionaries sorted: the order must not matter.
+    result = torch_weights.to_torch(jax.tree.map(np.asarray, params))
+    unused = torch_weights.unused(tensors)
+    assert set(unused) == {
+        *(f"denoise_fn.res_pose{i}.bn{j}.{kind}" for i in (1, 2) for j in (1, 2)
+          for kind in ("weight", "bias")),
+        "condition_emb.conf_out.weight", "condition_emb.conf_out.bias",
+    }  # fmt: skip
+    assert result.keys() == tensors.keys()
+    for name in tensors:
+        if name in unused:
+            assert (result[name] == (".bn" in name and name.endswith("weight"))).all()
+        else:
+            np.testing.assert_array_equal(result[name], tensors[name], err_msg=name)
+
+
+def test_constants_of_a_checkpoint_are_dropped():
+    """Released files hold more than parameters: running statistics, schedule, centres."""
+    network = deep_network()
+    params = random_params(network, seed=4)
+    constants = {
+        "betas": np.zeros(25, np.float32),
+        "posterior_log_variance_clipped": np.zeros(25, np.float32),
+        "condition_emb.pos_encoder.centers": np.zeros(64, np.float32),
+        "denoise_fn.res_pose1.bn1.running_mean": np.zeros(32, np.float32),
+        "denoise_fn.res_pose2.bn2.num_batches_tracked": np.zeros((), np.int64),
+    }
+    assert torch_weights.unused(constants) == list(constants)
+    tensors = torch_weights.to_torch(params) | constants
+    assert_same_params(torch_weights.from_torch(tensors, shapes_of(network)), params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("denoise_fn.pose.weight", None, "missing tensor denoise_fn.pose.weight"),
+        ("condition_emb.transformer.layers.1.norm2.bias", None, "layers.1.norm2.bias"),
+        ("denoise_fn.pose.wieght", np.zeros(3), "unknown tensor denoise_fn.pose.wieght"),
+        ("condition_emb.transformer.layers.2.norm1.bias", np.zeros(16), "layers.2.norm1.bias"),
+        ("module.betas", np.zeros(25), "unknown tensor module.betas"),
+        ("denoise_fn.upscale.weight", np.zeros((32, 68)), r"upscale.weight is \(32, 68\), not"
+         r" \(32, 69\)"),
+        ("denoise_fn.upscale.bias", np.zeros((32, 1)), r"upscale.bias is \(32, 1\), not \(32,\)"),
+    ],
+)  # fmt: skip
+def test_a_bad_tensor_is_named(name, value, problem):
+    network = deep_network()
+    tensors = torch_weights.to_torch(random_params(network, seed=5))
+    tensors.pop(name, None)
+    if value is not None:
+        tensors[name] = value
+    with pytest.raises(ValueError, match=f"{problem}.*configuration") as error:
+        torch_weights.from_torch(tensors, shapes_of(network))
+    assert str(error.value).count("tensor ") == 1
+
+
+# --- the noise schedule ------------------------------------------------------------------
+
+
+def test_schedule_buffers_are_the_published_programs():
+    with np.load(GOLDEN / "diffpose_case.npz") as case:
+        golden = {
+            name.removeprefix("schedule/"): case[name]
+            for name in case.files
+            if name.startswith("schedule/")
+        }
+    buffers = torch_weights.schedule_buffers(diffusion.cosine_schedule(25, 0.008, 0.999))
+    kept = np.cumprod(1 - np.float64(golden["betas"]))
+    variance = np.float64(golden["posterior_variance"])
+    expected = golden | {
+        "sqrt_alphas_cumprod": np.sqrt(kept),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - kept),
+        "log_one_minus_alphas_cumprod": np.log(1 - kept),
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "p2_loss_weight": np.ones(25),
+    }
+    assert variance[0] == 0
+    assert len(expected) == 13
+    assert buffers.keys() == expected.keys()
+    for name, values in buffers.items():
+        assert (values.dtype, values.shape) == (np.float32, (25,))
+        np.testing.assert_allclose(values, expected[name], rtol=5e-5, err_msg=name)
+    assert set(torch_weights.unused(buffers)) == set(buffers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [((25, 0.008, 0.999), True), ((24, 0.008, 0.999), False), ((25, 0.009, 0.999), False),
+     ((25, 0.008, 0.99), False)],
+)  # fmt: skip
+def test_the_schedule_of_the_weights_is_checked(arguments, fits):
+    schedule = diffusion.cosine_schedule(25, 0.008, 0.999)
+    tensors = torch_weights.schedule_buffers(diffusion.cosine_schedule(*arguments))
+    if fits:
+        torch_weights.check_schedule(tensors, schedule)
+        torch_weights.check_schedule({}, schedule)  # a state dict without it
+    else:
+        with pytest.raises(WeightsError, match=f"of {arguments[0]} steps, than .* 25; see"):
+            torch_weights.check_schedule(tensors, schedule)
+
+
+def test_the_whole_state_dict():
+    """Parameters, constants, and neutral values for what the program never uses."""
+    network = deep_network()
+    params = random_params(network, seed=6)
+    tensors = torch_weights.state_dict(params, network.schedule)
+    parameters = torch_weights.to_torch(params)
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    centres = tensors["condition_emb.pos_encoder.centers"]
+    np.testing.assert_allclose(centres, np.linspace(-1, 1, 8), atol=1e-6)
+    statistics = {
+        f"denoise_fn.res_pose{block}.bn{layer}.{kind}"
+        for block in (1, 2)
+        for layer in (1, 2)
+        for kind in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    constants = {"condition_emb.pos_encoder.centers", *statistics,
+                 *torch_weights.schedule_buffers(network.schedule)}  # fmt: skip
+    assert tensors.keys() == parameters.keys() | constants
+    for name in statistics:
+        assert (tensors[name] == name.endswith("running_var")).all()
+        is_count = name.endswith("num_batches_tracked")
+        assert tensors[name].shape == (() if is_count else (32,))
+        assert tensors[name].dtype == (np.int64 if is_count else np.float32)
+    assert_same_params(torch_weights.from_torch(tensors, shapes_of(network)), params)

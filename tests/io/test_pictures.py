@@ -1,0 +1,269 @@
+"""Pictures as they are seen, of every kind of file, and files that are none."""
+
+import contextlib
+import logging as python_logging
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from diffpose_jax.io import pictures
+from diffpose_jax.io.pictures import PictureError
+
+HEIGHT, WIDTH = 24, 40
+
+
+def blocks(channels=3):
+    """Four quarters of other colours, which JPEG and palettes keep: (24, 40, channels)."""
+    quarters = np.array(
+        [[[250, 10, 10, 255], [10, 250, 10, 128]], [[10, 10, 250, 0], [240, 240, 10, 255]]]
+    )
+    return np.uint8(quarters.repeat(HEIGHT // 2, 0).repeat(WIDTH // 2, 1)[..., :channels])
+
+
+def assert_alike(image, expected, atol=0):
+    assert image.dtype == np.uint8
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected.astype(int)).max() <= atol
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "atol"),
+    [
+        ("png", {}, 0),
+        ("bmp", {}, 0),
+        ("tif", {"compression": "tiff_lzw"}, 0),
+        ("webp", {"lossless": True}, 0),
+        ("ppm", {}, 0),
+        ("jp2", {}, 0),
+        ("jpg", {"quality": 95, "subsampling": 0}, 12),
+        ("gif", {}, 0),
+    ],
+)
+def test_formats(tmp_path, suffix, options, atol):
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(blocks()).save(path, **options)
+    assert_alike(pictures.read(path), blocks(), atol)
+    assert pictures.find(tmp_path) == [path]
+
+
+def test_the_ending_does_not_matter(tmp_path):
+    Image.fromarray(blocks()).save(tmp_path / "a", format="PNG")
+    assert_alike(pictures.read(str(tmp_path / "a")), blocks())
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path, suffix, orientation):
+    """Stored turned, with the note how to turn it back."""
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    turned = Image.fromarray(blocks())
+    turned.getexif()[0x0112] = inverse
+    stored = ImageOps.exif_transpose(turned)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"picture.{suffix}"
+    stored.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {"quality": 95}))
+    assert (stored.size == (HEIGHT, WIDTH)) == (orientation > 4)
+    # Chroma is subsampled, but the middle of each quarter keeps its colour.
+    assert_alike(pictures.read(path)[6::12, 10::20], blocks()[6::12, 10::20], 12)
+
+
+@pytest.mark.parametrize("exif", [b"", b"garbage" + bytes(20), b"MM\0*\0\0"])
+def test_damaged_metadata_do_not_matter(tmp_path, exif):
+    Image.fromarray(blocks()).save(
+        tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=95, subsampling=0
+    )
+    assert_alike(pictures.read(tmp_path / "a.jpg"), blocks(), 12)
+
+
+def test_orientation_of_no_known_value(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    Image.fromarray(blocks()).save(tmp_path / "a.png", exif=exif)
+    assert_alike(pictures.read(tmp_path / "a.png"), blocks())
+
+
+def test_grey(tmp_path):
+    grey = blocks()[..., 0]
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert_alike(pictures.read(tmp_path / "a.png"), np.stack([grey] * 3, -1))
+    Image.fromarray(grey > 100).save(tmp_path / "b.png")  # one bit
+    assert_alike(pictures.read(tmp_path / "b.png"), np.stack([np.uint8(grey > 100) * 255] * 3, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bits(tmp_path, suffix):
+    """A ramp over all values, of which Pillow itself would make white."""
+    ramp = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(ramp).save(path)
+    assert_alike(pictures.read(path), np.stack([ramp / 257] * 3, -1).astype(np.uint8), 1)
+
+
+def test_16_bits_of_colour(tmp_path):
+    ramp = np.linspace(0, 65535, HEIGHT * WIDTH * 3).astype(">u2").reshape(HEIGHT, WIDTH, 3)
+    rows = b"".join(b"\0" + row.tobytes() for row in ramp)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(WIDTH, HEIGHT, rows, depth=16, kind=2))
+    assert_alike(pictures.read(path), (ramp / 257).astype(np.uint8), 1)
+
+
+def on_white(rgba):
+    alpha = rgba[..., 3:] / 255
+    return np.uint8(np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)))
+
+
+def test_transparent_parts_are_white(tmp_path):
+    rgba = blocks(4)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert_alike(pictures.read(tmp_path / "a.png"), on_white(rgba), 1)
+    grey_alpha = rgba[..., [0, 3]]
+    Image.fromarray(grey_alpha, "LA").save(tmp_path / "b.png")
+    assert_alike(pictures.read(tmp_path / "b.png"), on_white(rgba[..., [0, 0, 0, 3]]), 1)
+
+
+def test_palettes(tmp_path):
+    Image.fromarray(blocks()).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    assert_alike(pictures.read(tmp_path / "a.png"), blocks(), 1)
+    indices = np.zeros((HEIGHT, WIDTH), np.uint8)
+    indices[:, WIDTH // 2 :] = 1
+    palette = Image.fromarray(indices)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    expected = np.where(indices[..., None] == 1, [200, 100, 50], 255)
+    for suffix in ("png", "gif"):
+        palette.save(tmp_path / f"b.{suffix}", transparency=0)
+        assert_alike(pictures.read(tmp_path / f"b.{suffix}"), expected.astype(np.uint8))
+
+
+def test_cmyk(tmp_path):
+    Image.fromarray(blocks()).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    image = pictures.read(tmp_path / "a.jpg")
+    assert_alike(image[6::12, 10::20], blocks()[6::12, 10::20], 12)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_of_an_animation_the_first_frame(tmp_path, caplog, suffix):
+    path = tmp_path / f"a.{suffix}"
+    frames = [Image.fromarray(blocks()), Image.fromarray(255 - blocks())]
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    with caplog.at_level(python_logging.WARNING, logger="absl"):
+        assert_alike(pictures.read(path), blocks())
+    assert "a." in caplog.text
+    assert "first frame" in caplog.text
+
+
+# --- files that are not what they should be ----------------------------------------------
+
+
+def png(width, height, rows=b"", *, depth=8, kind=2):
+    """A PNG file with a header that says what one likes."""
+
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    content = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + content + chunk(b"IEND", b"")
+
+
+def error_of(path):
+    with pytest.raises(PictureError) as error:
+        pictures.read(path)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 220
+    return message.removeprefix(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello\n",
+        bytes(5000),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n",
+        b"\0\0\0\x18ftypheic" + bytes(100),
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='40' height='40'/>",
+    ],
+    ids=["empty", "text", "zeros", "eps", "heic", "svg"],
+)
+def test_not_a_picture(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    assert "not a picture of a kind that can be read" in error_of(path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif", "webp", "bmp", "jp2"])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.8])
+def test_truncated(tmp_path, suffix, part):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    assert "damaged" in error_of(path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_changed_bytes_are_an_error_or_another_picture(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    suffix = ["jpg", "png", "gif", "tif", "webp", "bmp", "jp2"][seed % 7]
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(blocks()).save(path)
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    places = rng.integers(0, min(len(content), 400), 6)
+    content[places] = rng.integers(0, 256, 6)
+    path.write_bytes(content.tobytes())
+    image = None
+    with contextlib.suppress(PictureError):
+        image = pictures.read(path)
+    assert image is None or (image.dtype == np.uint8 and image.ndim == 3)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (15, 400), (400, 15)])
+def test_too_small(tmp_path, width, height):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (width, height)).save(path)
+    assert f"{width} x {height} px: too small" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(12_000, 12_000), (16_001, 20), (20, 10**6), (20_000, 20_000), (10**6, 10**6)],
+)
+def test_too_large_is_found_in_the_header(tmp_path, width, height):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(width, height))
+    tracemalloc.start()
+    message = error_of(path)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert "more than 120 megapixels or 16,000 px to a side" in message
+    if width * height < 170e6:  # above, it is Pillow that refuses
+        assert f"{width} x {height} px" in message
+
+
+def test_floating_point(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.ones((HEIGHT, WIDTH), np.float32)).save(path)
+    assert "nothing says which of them is white" in error_of(path)
+
+
+def test_not_a_file(tmp_path):
+    assert error_of(tmp_path / "nothing.jpg") == " does not exist"
+    assert error_of(tmp_path) == " is not a file"
+
+
+def test_find_gives_pictures_alone_in_order(tmp_path):
+    for name in ("b.JPG", "a.png", "c.txt", ".d.png", "e.heic", "Thumbs.db"):
+        (tmp_path / name).touch()
+    (tmp_path / "f.png").mkdir()
+    assert [path.name for path in pictures.find(tmp_path)] == ["a.png", "b.JPG", "e.heic"]
+    with pytest.raises(PictureError, match=r"f\.png holds no pictures"):
+        pictures.find(tmp_path / "f.png")

@@ -1,0 +1,298 @@
+"""Several devices and processes: the same results as one, and no process that waits for ever."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_train import ROOT, Workplace, read_json, restore
+from test_training import assert_same_states, leaves
+
+from diffpose_jax import distributed as devices
+from diffpose_jax.config import ConfigError
+from diffpose_jax.io import scalars
+
+
+def connect(**arguments):
+    with devices.connected(**arguments):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinator": "a:1"}, "belong together: --num_processes, --process_id is missing"),
+        ({"num_processes": 2, "process_id": 0}, "belong together: --coordinator is missing"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "HOST:PORT, not 'a'"),
+        ({"coordinator": "a:b", "num_processes": 2, "process_id": 0}, "HOST:PORT, not 'a:b'"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "must be 0 to .* = 1, not 2"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "= 1, not -1"),
+        ({"coordinator": "a:1", "detect": True}, "--distributed stands for --coordinator"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        connect(**arguments)
+
+
+def test_one_process_waits_for_nobody(tmp_path):
+    connect()
+    assert devices.is_first()
+    devices.wait_for_all("nobody")
+    with devices.first_process_first("nobody"), devices.output_folder(tmp_path) as folder:
+        assert folder == tmp_path
+    tree = {"a": np.arange(3.0)}
+    assert devices.added(tree) is tree
+    assert devices.from_first(tree) is tree
+    assert devices.largest(7) == 7
+    assert devices.images_of_process(16, "batch_size") == slice(0, 16)
+
+
+def test_images_go_to_processes_in_order(monkeypatch):
+    """Those of the devices of a process: all of 24 images on 4 processes with 2 devices."""
+    assert jax.device_count() == 8
+    with pytest.raises(ConfigError, match=r"batch_size = 12 cannot be split over 8 devices"):
+        devices.images_of_process(12, "batch_size")
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    taken = []
+    for process in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        taken.append(np.arange(24)[devices.images_of_process(24, "batch_size")])
+    assert (np.stack(taken) == np.arange(24).reshape(4, 6)).all()
+
+
+def test_replicated_lies_where_pmap_wants_it():
+    """On each of the devices, also if they are not all, and the same bits."""
+    tree = {"a": np.float32([0.5, -0.0, np.inf]), "n": np.int32(3)}
+    for some in (None, jax.local_devices()[:3]):
+        put = devices.replicate(tree, some)
+        for name, leaf in put.items():
+            copies = [np.array(shard.data) for shard in leaf.addressable_shards]
+            assert len(copies) == len(some or jax.local_devices())
+            assert {copy.tobytes() for copy in copies} == {tree[name].tobytes()}
+
+
+TALK = """
+import sys, time
+from pathlib import Path
+
+import numpy as np
+
+from diffpose_jax import distributed as devices
+
+coordinator, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+with devices.connected(coordinator, 2, process):
+    import jax
+
+    assert (jax.process_index(), jax.device_count(), jax.local_device_count()) == (process, 4, 2)
+    assert devices.is_first() == (process == 0)
+    rng = np.random.default_rng(process)
+    tree = {
+        "bool": np.bool_(process == 0),
+        "half": np.float16([-0.0, np.nan, 2e-7, 1 + process]),
+        "empty": np.zeros((0, 3), np.float32),
+        "int": np.arange(process, process + 6).reshape(2, 3).T,
+        "float": jax.numpy.float32(process + 0.1),
+    }
+    received = devices.from_first(tree)
+    sent = tree | {
+        "bool": np.bool_(True),
+        "half": np.float16([-0.0, np.nan, 2e-7, 1]),
+        "int": np.arange(6).reshape(2, 3).T,
+        "float": np.float32(0.1),
+    }
+    for name in tree:
+        x, y = np.asarray(received[name]), np.asarray(sent[name])
+        assert (x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes()), name
+    # Below what float32 could tell.
+    added = devices.added({"a": np.array([[1.0 + process * 1e-12]]), "b": np.float64(process)})
+    assert added["a"].tolist() == [[2.0 + 1e-12]]
+    assert added["b"] == 1
+    assert [devices.largest(n + process) for n in (0, 14)] == [1, 15]
+    assert devices.images_of_process(8, "") == slice(4 * process, 4 * process + 4)
+    with devices.first_process_first("a file"):
+        if process == 0:
+            time.sleep(1)
+            (folder / "made").touch()
+        assert (folder / "made").exists()
+    with devices.output_folder(folder) as own:
+        (own / f"by {process}").touch()
+        assert (own == folder) == (process == 0)
+    print(f"process {process} is done", flush=True)
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Processes:
+    """Several processes with two devices each, on this machine."""
+
+    def __init__(self, folder, commands, environment=os.environ):
+        self.outputs = [(folder / f"stdout{i}", folder / f"stderr{i}") for i in range(2)]
+        environment = {
+            **environment,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        }
+        self.processes = []
+        for command, (stdout, stderr) in zip(commands, self.outputs, strict=True):
+            # Into files: a pipe that nobody reads would stop the process when it is full.
+            with stdout.open("w") as out, stderr.open("w") as err:
+                command = [sys.executable, *map(str, command)]
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
+                )
+
+    def wait(self, timeout=300):
+        """Waits for all; gives the exit codes, what was printed, and the errors."""
+        try:
+            codes = [process.wait(timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return codes, *([path.read_text() for path in p] for p in zip(*self.outputs, strict=True))
+
+
+def test_two_processes_talk(tmp_path):
+    at = f"127.0.0.1:{free_port()}"
+    both = Processes(tmp_path, [("-c", TALK, at, process, tmp_path) for process in range(2)])
+    codes, printed, errors = both.wait(timeout=120)
+    assert codes == [0, 0], errors
+    assert "process 0 is done" in printed[0]
+    assert printed[1] == ""
+    assert sorted(path.name for path in tmp_path.glob("by *")) == ["by 0"]
+
+
+def test_no_cluster(tmp_path):
+    command = ("-m", "experiments.train", "--config", "configs/quickstart.py", "--distributed")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "KUBERNETES_"))
+    }
+    command = [sys.executable, *command, "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: --distributed found no cluster in the environment" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- programs ----------------------------------------------------------------------------
+
+
+class TwoProcesses(Workplace):
+    """Programs in two processes with two devices each, and in one with one."""
+
+    def start_two(self, module, *arguments):
+        at = ("--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", 2)
+        program = ("-m", f"experiments.{module}", *arguments, *at)
+        commands = [(*program, "--process_id", process) for process in range(2)]
+        return Processes(self.folder, commands, self.environment)
+
+    def run_two(self, module, *arguments):
+        codes, printed, errors = self.start_two(module, *arguments).wait()
+        assert codes == [0, 0], errors
+        assert printed[1] == ""
+        return printed[0]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return TwoProcesses(tmp_path_factory.mktemp("devices"))
+
+
+@pytest.fixture(scope="module")
+def run(workplace):
+    """The unbroken run of one process with one device."""
+    workdir = workplace.folder / "one"
+    workplace.run("train", *workplace.training(workdir))
+    return workdir
+
+
+def numbers(path):
+    """{where it stands: number} of a JSON file."""
+    content = jax.tree_util.tree_leaves_with_path(read_json(path))
+    return {jax.tree_util.keystr(place): number for place, number in content}
+
+
+def assert_same_but_rounding(run, other):
+    assert_same_states(leaves(restore(run)), leaves(restore(other)))
+    a, b = (scalars.read_scalars(folder / "metrics.jsonl") for folder in (run, other))
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose(
+            [line[name] for line in a], [line[name] for line in b], rtol=1e-5, err_msg=name
+        )
+    a, b = (numbers(folder / "results.json") for folder in (run, other))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(workplace, run):
+    """And nothing but the files of a run of one is there in the end."""
+    workdir = workplace.folder / "two"
+    printed = workplace.run_two("train", *workplace.training(workdir))
+    assert_same_but_rounding(run, workdir)
+    assert "report.html" in printed
+    files = [{path.name for path in folder.iterdir()} for folder in (run, workdir)]
+    assert files[0] == files[1]
+    started = read_json(workdir / "config.json")["started"]
+    assert len(started) == 1
+    assert len(started[0]["devices"]) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_does(workplace, run, tmp_path):
+    """8 frames on 4 devices with 3 of them at a time: 8 at once, some devices have less."""
+    arguments = (
+        *("--checkpoint", run, "--data_dir", workplace.folder / "data"),
+        *("--num_hypotheses", "7,3", "--config", workplace.config),
+        *("--config.evaluation.batch_size=3", "--config.evaluation.group_by=('clip',)"),
+    )
+    workplace.run("evaluate", *arguments, "--output", tmp_path / "one")
+    workplace.run_two("evaluate", *arguments, "--output", tmp_path / "two")
+    for name in ("results.json", "results_3.json"):
+        one, two = (numbers(tmp_path / folder / name) for folder in ("one", "two"))
+        assert one["['subsets']['all']['frames']"] == 8
+        assert one == pytest.approx(two, rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("process", "number"), [(0, 9), (1, 9), (1, 15)])
+def test_a_process_ends_and_one_process_goes_on(workplace, run, process, number):
+    """Killed, it takes the other one with it; stopped by SIGTERM, both stop after the same step."""
+    workdir = workplace.folder / f"ended_{process}_{number}"
+    training = (*workplace.training(workdir), "--config.data.on_device")
+    both = workplace.start_two("train", *training)
+    last = 0
+    while last < 20 and all(p.poll() is None for p in both.processes):
+        last = max((s["step"] for s in scalars.read_scalars(workdir / "metrics.jsonl")), default=0)
+        time.sleep(0.01)
+    both.processes[process].send_signal(number)
+    start = time.monotonic()
+    codes, _, errors = both.wait()
+    print(f"both had ended after {time.monotonic() - start:.1f} s")
+    assert time.monotonic() - start < 60
+    if number == signal.SIGTERM:
+        assert codes == [128 + number] * 2
+        assert all("the same command goes on from here" in error for error in errors)
+    else:
+        assert codes[process] == -number
+        assert codes[1 - process] != 0
+        assert "the same command, with any number of processes, goes on" in errors[1 - process]
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert 16 <= saved < 60
+    workplace.run("train", *training)
+    assert_same_but_rounding(run, workdir)

@@ -1,0 +1,512 @@
+"""Checkpoints: to go on from to the bit, to load, to give away, and the errors."""
+
+import functools
+import gc
+import json
+import re
+import shutil
+import sys
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from small import examples, model_of, network, small_config
+
+import diffpose_jax
+import experiments
+from diffpose_jax.training import checkpoints
+from diffpose_jax.training import step as training
+from diffpose_jax.training.checkpoints import CheckpointError
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_orbax():
+    """As in the programs; the complaints come some time later, perhaps in another test."""
+    usual = sys.unraisablehook
+    experiments.without_echoes()
+    yield
+    gc.collect()
+    sys.unraisablehook = usual
+
+
+def make_config(**training_changes):
+    config = small_config(ema_decay=0.9, **training_changes)
+    config.model.update(encoder_layers=0, joint_dropout=0.0)
+    return config
+
+
+def make_trainer(config):
+    return training.from_config(network(config), config.training)
+
+
+@functools.cache
+def states():
+    """States of a run at step 0, 10 and 20, on the host: no two of their arrays are equal."""
+    state = make_trainer(make_config()).init(KEY)
+    rng = np.random.default_rng(0)
+
+    def vary(x):
+        x = np.asarray(x)
+        return x if x.dtype == np.int32 else x + rng.normal(size=x.shape).astype(x.dtype)
+
+    varied = [jax.tree.map(vary, state).replace(step=np.int32(step)) for step in (10, 20)]
+    return [jax.device_get(state), *varied]
+
+
+def on_device(state):
+    return jax.tree.map(jnp.asarray, state)
+
+
+def assert_same_bits(a, b):
+    a, b = (jax.tree_util.tree_leaves_with_path(tree) for tree in (a, b))
+    assert [path for path, _ in a] == [path for path, _ in b]
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), path
+        assert x.tobytes() == y.tobytes(), path
+
+
+def write_run(folder, config):
+    with checkpoints.RunCheckpoints(folder / "checkpoints", config, keep=2) as saved:
+        for state in states():
+            saved.save(on_device(state))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run with checkpoints of the steps 10 and 20; step 0 was dropped."""
+    return write_run(tmp_path_factory.mktemp("run"), make_config())
+
+
+@pytest.fixture
+def run_folder(written, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(written, tmp_path / "run")
+
+
+def restore(folder, config=None):
+    config = config or make_config()
+    with checkpoints.RunCheckpoints(folder / "checkpoints", config, keep=2) as saved:
+        return saved.restore_latest(make_trainer(config).init(KEY))
+
+
+def test_restored_to_the_bit(written):
+    restored = restore(written)
+    assert isinstance(restored, training.TrainState)
+    assert_same_bits(restored, states()[2])
+
+
+def test_only_the_newest_are_kept(written):
+    assert {p.name for p in (written / "checkpoints").iterdir()} == {"10", "20"}
+
+
+def test_one_too_many_is_removed(run_folder):
+    """As of a process that was killed before it removed it."""
+    folder = run_folder / "checkpoints"
+    shutil.copytree(folder / "10", folder / "5")
+    assert int(restore(run_folder).step) == 20
+    assert {p.name for p in folder.iterdir()} == {"10", "20"}
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_no_moving_average(tmp_path):
+    config = make_config()
+    config.training.ema_decay = 0.0
+    state = on_device(states()[1]).replace(ema=None)
+    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
+        saved.save(state)
+    assert_same_bits(restore(tmp_path, config), state)
+    with pytest.raises(CheckpointError, match="holds no ema weights"):
+        checkpoints.load(tmp_path, "ema")
+
+
+def test_the_scale_of_a_float16_loss(tmp_path):
+    config = make_config()
+    config.model.matmul_dtype = "float16"
+    first = make_trainer(config).init(KEY)
+    assert states()[1].loss_scale is None
+    scale = first.loss_scale.replace(scale=jnp.float32(512.0), fin_steps=jnp.int32(1234))
+    state = on_device(states()[1]).replace(loss_scale=scale)
+    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
+        saved.save(state)
+    restored = restore(tmp_path, config)
+    assert_same_bits(restored, state)
+    assert restored.loss_scale == scale  # its type and its constants too
+    assert jax.tree.structure(restored) == jax.tree.structure(first)
+    assert_same_bits(checkpoints.load(tmp_path).params, state.params)
+    with pytest.raises(CheckpointError, match=r"\(config.model.matmul_dtype differ\)"):
+        restore(tmp_path)
+
+
+def test_a_state_that_is_donated_while_it_is_saved(tmp_path):
+    """The next steps overwrite the state's memory; what is saved is from before."""
+    state = on_device(states()[1])
+    expected = jax.tree.map(np.array, state)
+    overwrite = jax.pmap(
+        lambda state, x: (jax.tree.map(lambda leaf: leaf + 1, state), x),
+        in_axes=(None, 0),
+        out_axes=(None, 0),
+        donate_argnums=0,
+        devices=jax.local_devices()[:2],
+    )
+    state, _ = overwrite(state, np.zeros(2))
+    expected = jax.tree.map(lambda x: x + np.ones((), x.dtype), expected)
+    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
+        saved.save(state)
+        for _ in range(20):
+            state, _ = overwrite(state, np.zeros(2))
+    assert_same_bits(restore(tmp_path), expected)
+
+
+def test_saving_a_step_again_leaves_it(run_folder):
+    with checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), 2) as saved:
+        saved.save(on_device(states()[0]).replace(step=jnp.int32(20)))
+    assert_same_bits(restore(run_folder), states()[2])
+
+
+def test_another_configuration_is_refused(written):
+    config = make_config(learning_rate=5e-3)
+    config.seed = 7
+    config.data.builder.simulator.error = 0.5
+    with pytest.raises(CheckpointError) as error:
+        restore(written, config)
+    message = str(error.value)
+    assert str(written) in message
+    assert "config.data.builder.simulator.error, config.seed, config.training.learning_rate" in (
+        message
+    )
+    assert "--workdir" in message
+
+
+def test_tuples_come_back_as_tuples(tmp_path):
+    config = make_config()
+    config.data.names = ("a", ("b", 1))
+    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
+        saved.save(on_device(states()[1]))
+    assert_same_bits(restore(tmp_path, config), states()[1])
+    assert checkpoints.load(tmp_path).config == config
+    assert checkpoints.load(tmp_path).config.data.names == ("a", ("b", 1))
+
+
+def test_another_evaluation_is_accepted(written):
+    config = make_config()
+    config.evaluation.num_hypotheses = 3
+    config.evaluation.weights = "ema"
+    assert_same_bits(restore(written, config), states()[2])
+
+
+def test_a_half_written_step_is_ignored(run_folder):
+    folder = run_folder / "checkpoints"
+    shutil.copytree(folder / "20", folder / "30.orbax-checkpoint-tmp-1")
+    shutil.rmtree(folder / "30.orbax-checkpoint-tmp-1" / "metadata")
+    (folder / "40").mkdir()  # and a folder without anything
+    assert_same_bits(checkpoints.load(run_folder).params, states()[2].params)
+    assert_same_bits(restore(run_folder), states()[2])
+    assert {path.name for path in folder.iterdir()} == {"10", "20", "40.damaged"}
+
+
+def test_load_from_every_folder(written, tmp_path):
+    steps = written / "checkpoints"
+    for folder, state in (
+        (written, states()[2]),
+        (str(written), states()[2]),
+        (steps, states()[2]),
+        (steps / "20", states()[2]),
+        (steps / "10", states()[1]),
+    ):
+        model = diffpose_jax.load(folder)
+        assert_same_bits(model.params, state.params)
+        assert model.config == make_config()
+    checkpoints.export(model, tmp_path / "export")
+    exported = diffpose_jax.load(tmp_path / "export")
+    assert_same_bits(exported.params, states()[1].params)
+    assert exported.config == make_config()
+
+
+def test_a_loaded_model_samples_as_the_one_saved(written, tmp_path):
+    config = make_config()
+    maps = examples(0, 1).heatmaps(np.arange(1))
+    loaded = checkpoints.load(written)
+    original = model_of(config, KEY)
+    original = type(original)(original.network, on_device(states()[2].params), config)
+    a, b = (np.asarray(model.sample(KEY, maps, 2)) for model in (loaded, original))
+    assert a.tobytes() == b.tobytes()
+
+
+def test_raw_and_ema_weights(tmp_path, written):
+    raw, ema = states()[2].params, states()[2].ema
+    assert make_config().evaluation.weights == "raw"
+    assert_same_bits(checkpoints.load(written, "raw").params, raw)
+    assert_same_bits(checkpoints.load(written, "ema").params, ema)
+    config = make_config()
+    config.evaluation.weights = "ema"
+    run = write_run(tmp_path / "run", config)
+    assert_same_bits(checkpoints.load(run).params, ema)
+    assert_same_bits(checkpoints.load(run, "raw").params, raw)
+    # An export holds what it was made from, whatever its configuration says.
+    checkpoints.export(checkpoints.load(run, "raw"), tmp_path / "export")
+    assert_same_bits(checkpoints.load(tmp_path / "export").params, raw)
+    with pytest.raises(CheckpointError, match="weights must be raw or ema, not 'best'"):
+        checkpoints.load(run, "best")
+
+
+def test_export_is_small_and_refuses_what_is_there(written, tmp_path):
+    model = checkpoints.load(written)
+    checkpoints.export(model, tmp_path / "export")
+    size = sum(p.stat().st_size for p in (tmp_path / "export").rglob("*") if p.is_file())
+    parameters = sum(x.size for x in jax.tree.leaves(model.params))
+    assert size < 4 * parameters + 50_000
+    with pytest.raises(CheckpointError, match=r"export is there already"):
+        checkpoints.export(model, tmp_path / "export")
+
+
+def test_missing(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nothing does not exist; name a training run"):
+        checkpoints.load(tmp_path / "nothing")
+
+
+def foreign_orbax(folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "it", {"weights": np.ones(3)})
+
+
+def foreign_orbax_with_metadata(folder):
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            folder / "it", args=ocp.args.Composite(metadata=ocp.args.JsonSave({"version": 3}))
+        )
+
+
+def foreign_list(folder):
+    foreign_orbax_with_metadata(folder)
+    (folder / "it" / "metadata" / "metadata").write_text("[1, 2]")
+
+
+def foreign_junk(folder):
+    (folder / "it" / "metadata").mkdir(parents=True)
+    (folder / "it" / "metadata" / "metadata").write_bytes(b"\x00\xffjunk")
+
+
+def foreign_empty(folder):
+    (folder / "it").mkdir()
+
+
+def foreign_file(folder):
+    (folder / "it").write_bytes(b"PK")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        foreign_orbax,
+        foreign_orbax_with_metadata,
+        foreign_list,
+        foreign_junk,
+        foreign_empty,
+        foreign_file,
+    ],
+)
+def test_foreign(tmp_path, write):
+    write(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.load(tmp_path / "it")
+    assert str(tmp_path / "it") in str(error.value)
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def message_of(read, run_folder):
+    try:
+        read(run_folder)
+    except CheckpointError as error:
+        return str(error)
+    return "read without an error"
+
+
+def truncate(content):
+    return content[: len(content) // 2]
+
+
+def flip_a_bit(content):
+    """In the middle of the largest file: in the bytes of an array, or in the configuration."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+def damage(run_folder, step, item, how):
+    file = largest_file(run_folder / "checkpoints" / str(step) / item)
+    file.write_bytes(how(file.read_bytes()))
+
+
+@pytest.mark.parametrize("how", [truncate, flip_a_bit])
+@pytest.mark.parametrize("item", ["params", "ema", "metadata"])
+def test_a_damaged_file_is_noticed(run_folder, item, how):
+    damage(run_folder, 20, item, how)
+    weights = {"params": "raw", "ema": "ema"}.get(item)
+    message = message_of(lambda folder: checkpoints.load(folder, weights), run_folder)
+    assert re.search(rf"20: (cannot read .*{item}|{item} is damaged)", message), message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("how", [truncate, flip_a_bit])
+@pytest.mark.parametrize("item", ["params", "ema", "optimizer", "metadata"])
+def test_a_damaged_step_is_put_aside_for_the_one_before(run_folder, item, how, caplog):
+    damage(run_folder, 20, item, how)
+    with checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), keep=2) as saved:
+        restored = saved.restore_latest(make_trainer(make_config()).init(KEY))
+        assert_same_bits(restored, states()[1])
+        assert "20.damaged" in {path.name for path in (run_folder / "checkpoints").iterdir()}
+        (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert re.search(r"checkpoints/20: .*put aside; going on from step 10", record.getMessage())
+        saved.save(on_device(states()[2]))  # the same step again
+    assert_same_bits(restore(run_folder), states()[2])
+    assert_same_bits(checkpoints.load(run_folder).params, states()[2].params)
+    names = {path.name for path in (run_folder / "checkpoints").iterdir()}
+    assert names == {"10", "20", "20.damaged"}
+
+
+def test_every_step_is_damaged(run_folder):
+    for step in (10, 20):
+        damage(run_folder, step, "params", truncate)
+    for _ in range(2):  # the second time says the same: nothing was put aside
+        with pytest.raises(CheckpointError, match=r"has no checkpoint that is whole: .*20.*10"):
+            restore(run_folder)
+
+
+def test_a_bit_anywhere(run_folder):
+    """Of each file of a step, bits at random: what is read is what was written, or an error."""
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for file in sorted((run_folder / "checkpoints" / "20").rglob("*")):
+        if not file.is_file():
+            continue
+        original = file.read_bytes()
+        content = bytearray(original)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        try:
+            params = checkpoints.load(run_folder).params
+        except CheckpointError:
+            noticed += 1
+        else:
+            assert_same_bits(params, states()[2].params)
+        file.write_bytes(original)
+    assert noticed >= 3
+
+
+def test_a_checkpoint_of_before_the_sums(run_folder):
+    def of_version_0_1(metadata):
+        for name in ("crc32", "pose_unit", "pose_scale", "data_fingerprint"):
+            del metadata[name]
+
+    rewrite_metadata(run_folder, of_version_0_1, is_signed=False)
+    assert checkpoints.load(run_folder).data_fingerprint == ""
+    assert_same_bits(restore(run_folder), states()[2])
+
+
+def rewrite_metadata(run_folder, change, is_signed=True):
+    file = run_folder / "checkpoints" / "20" / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    del metadata["metadata_crc32"]
+    change(metadata)
+    if is_signed:
+        own_sum = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+        metadata["metadata_crc32"] = own_sum
+    file.write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"joint_names": ["Head", "Hip"]},
+            r"joint_names is \['Head', 'Hip'\], not",
+        ),
+        ({"pose_unit": "m"}, "pose_unit is m, not mm"),
+        ({"pose_scale": 1.0}, "pose_scale is 1.0, not 10.0"),
+    ],
+)
+def test_other_joints_or_units(run_folder, change, message):
+    rewrite_metadata(run_folder, lambda metadata: metadata.update(change))
+    for read in (checkpoints.load, restore):
+        with pytest.raises(CheckpointError, match=rf"20: its poses are others: {message}"):
+            read(run_folder)
+
+
+def test_other_data_is_refused(tmp_path):
+    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
+        saved.trains_on("abc")
+        saved.save(on_device(states()[1]))
+    assert checkpoints.load(tmp_path).data_fingerprint == "abc"
+    checkpoints.export(checkpoints.load(tmp_path), tmp_path / "export")
+    assert checkpoints.load(tmp_path / "export").data_fingerprint == "abc"
+    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
+        saved.restore_latest(make_trainer(make_config()).init(KEY))
+        saved.trains_on("abc")
+        with pytest.raises(CheckpointError, match=r"begun with other data .*abc, it is def now"):
+            saved.trains_on("def")
+
+
+def test_a_state_that_is_not_finite_is_not_saved(run_folder):
+    state = on_device(states()[2]).replace(step=jnp.int32(30))
+    params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.inf), state.params)
+    with (
+        checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), 2) as saved,
+        pytest.raises(training.NonFiniteLossError, match="update of the params of step 30"),
+    ):
+        saved.save(state.replace(params=params))
+    assert_same_bits(restore(run_folder), states()[2])
+
+
+def test_unknown_field_in_a_checkpoint(run_folder):
+    rewrite_metadata(run_folder, lambda m: m["config"]["model"].update(pose_prior=1))
+    with pytest.raises(ValueError, match=r"20: .*config\.model: unknown field pose_prior"):
+        checkpoints.load(run_folder)
+
+
+def test_another_format(run_folder):
+    rewrite_metadata(run_folder, lambda m: m.update(format="diffpose_jax checkpoint 2"))
+    for read in (checkpoints.load, restore):
+        with pytest.raises(CheckpointError, match="its format is 'diffpose_jax checkpoint 2'"):
+            read(run_folder)
+
+
+def test_shape_mismatch_is_named(run_folder):
+    rewrite_metadata(run_folder, lambda m: m["config"]["model"].update(denoiser_width=24))
+    with pytest.raises(
+        CheckpointError,
+        match=r"params do not fit: denoiser.blocks_0_0.bias has shape \(16,\), not \(24,\)",
+    ):
+        checkpoints.load(run_folder)
+    rewrite_metadata(
+        run_folder, lambda m: m["config"]["model"].update(denoiser_width=16, denoiser_blocks=2)
+    )
+    with pytest.raises(CheckpointError, match=r"denoiser.blocks_1_0.bias is missing, not \(16,\)"):
+        checkpoints.load(run_folder)
+
+
+def test_a_tree(tmp_path):
+    tree = {"a": {"b": np.arange(3, dtype=np.float32)}}
+    checkpoints.save_tree(tmp_path / "tree", tree)
+    assert_same_bits(checkpoints.load_tree(tmp_path / "tree", tree), tree)
+    # In place of what was there.
+    other = {"c": np.ones(3)}
+    checkpoints.save_tree(tmp_path / "tree", other)
+    assert_same_bits(checkpoints.load_tree(tmp_path / "tree", other), other)
+    with pytest.raises(CheckpointError, match=r"tree do not fit: a\.b is missing, not \(3,\)"):
+        checkpoints.load_tree(tmp_path / "tree", tree)
+    with pytest.raises(CheckpointError, match=r"tree do not fit: c has shape \(3,\), but there is"):
+        checkpoints.load_tree(tmp_path / "tree", {})
+    with pytest.raises(CheckpointError, match="cannot read nothing: it is empty or not there"):
+        checkpoints.load_tree(tmp_path / "nothing", tree)
