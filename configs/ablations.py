@@ -24,22 +24,22 @@ HYPOTHESES = (1, 10, 50, 100, 200, 500, 1000, 2000)
 # none to draw ahead; convolutions within a loop of several steps are 25 times slower on a CPU.
 ABLATIONS: dict[str, dict[str, object]] = {
     "full": {},
-    "sample_free": {"model.encoder": "candidates", "model.num_samples": 1},
+    "sample_free": {"model.encoder": "candidates", "model.num_candidates": 1},
     "sample_based": {"model.encoder": "candidates"},
     "full_heatmap": {
         "model.encoder": "heatmaps",
         "data.predrawn_candidates": 0,
         "training.steps_per_dispatch": 1,
     },
-    "without_sampling": {"model.num_samples": 1},
+    "without_sampling": {"model.num_candidates": 1},
     "without_argmax": {"model.include_argmax": False},
     "without_cross_spatial": {"model.cross_spatial": False},
     "without_likelihood_scaling": {"model.likelihood_scaling": False},
     "without_transformer": {"model.encoder_layers": 0},
     "without_joint_dropout": {"model.joint_dropout": 0.0},
-    **{f"candidates_{n}": {"model.num_samples": n} for n in CANDIDATES},
+    **{f"candidates_{n}": {"model.num_candidates": n} for n in CANDIDATES},
     **{
-        f"candidates_{n}_without_argmax": {"model.num_samples": n, "model.include_argmax": False}
+        f"candidates_{n}_without_argmax": {"model.num_candidates": n, "model.include_argmax": False}
         for n in CANDIDATES
     },
     **{f"diffusion_steps_{n}": {"model.diffusion_steps": n} for n in DIFFUSION_STEPS},

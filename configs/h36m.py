@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Table 3 compares with "candidates", one vector of them all, and "heatmaps", a ResNet-18.
     model.encoder = "embedding"
     # Candidates, Sec. 3.1.
-    model.num_samples = 32  # S per joint, the argmax counted in
+    model.num_candidates = 32  # S per joint, the argmax counted in
     model.include_argmax = True  # Table 4 has the ablation
     model.candidates = "per_image"  # or "per_hypothesis": new ones for each (program)
     # "image": heatmap coordinates in [-1, 1) (program). "standardised", mean-centred and divided

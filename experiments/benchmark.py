@@ -462,7 +462,7 @@ def main(_: list[str]) -> None:
         if process.returncode:
             sys.exit(f"error: part {part} ended with {process.returncode}, see above")
     if TABLE.value:
-        files.write_whole(TABLE.value, markdown(lines).encode())
+        files.write_atomic(TABLE.value, markdown(lines).encode())
 
 
 if __name__ == "__main__":

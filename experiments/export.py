@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     checkpoints.export(model, output)
     calibration = Path(CHECKPOINT.value) / aggregation.CALIBRATIONS
     if calibration.exists():
-        files.write_whole(output / aggregation.CALIBRATIONS, calibration.read_bytes())
+        files.write_atomic(output / aggregation.CALIBRATIONS, calibration.read_bytes())
     if sampler is not None:
         stablehlo.write(output / "stablehlo", sampler)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -185,8 +185,8 @@ def main(overrides: list[str]) -> None:
     for subset in ("all", "ambiguous"):
         of_subset = table(rows, seeds, output, subset, is_published)
         text += f"{subset} frames, {len(seeds)} seeds: mean ± spread\n\n{of_subset.to_markdown()}\n"
-        files.write_whole(output / f"table_{subset}.csv", of_subset.to_csv().encode())
-    files.write_whole(output / "table.md", text.encode())
+        files.write_atomic(output / f"table_{subset}.csv", of_subset.to_csv().encode())
+    files.write_atomic(output / "table.md", text.encode())
     print(text)
     if failed:
         sys.exit(f"error: not finished: {'; '.join(failed)}. The same command does these again")

@@ -17,7 +17,7 @@ def small_config(**training) -> ml_collections.ConfigDict:
     """The paper's configuration with everything small, on the data set "motion"."""
     config = h36m.get_config()
     config.model.update(
-        num_samples=4,
+        num_candidates=4,
         num_kernels=8,
         joint_dropout=0.1,
         encoder_layers=1,
@@ -63,7 +63,7 @@ def distinct_config(**changes):
     """The paper's configuration with small sizes, no two of them equal: a wrong axis shows."""
     config = h36m.get_config()
     config.model.update(
-        num_samples=6,
+        num_candidates=6,
         num_kernels=8,
         encoder_layers=1,
         encoder_feed_forward=24,

@@ -71,7 +71,7 @@ def test_the_paper_and_the_published_program():
     assert same["evaluation.weights"] == "raw"
     assert (same["training.learning_rate"], same["training.decay"]) == (1e-4, "constant")
     assert (same["training.num_steps"], same["training.warmup_steps"]) == (700_000, 0)
-    assert (same["model.num_samples"], same["model.diffusion_steps"]) == (32, 25)
+    assert (same["model.num_candidates"], same["model.diffusion_steps"]) == (32, 25)
     assert (same["model.pose_scale"], same["model.clip"]) == (10.0, 30.0)
     assert same["evaluation.num_hypotheses"] == 200
 
@@ -109,7 +109,7 @@ def test_every_configuration_builds(file):
         # Candidates drawn ahead must be enough; the heatmaps' encoder takes none.
         ahead = config.data.predrawn_candidates
         assert ahead == 0 or not network.reads_heatmaps
-        assert ahead == 0 or ahead >= network.num_samples - network.include_argmax
+        assert ahead == 0 or ahead >= network.num_candidates - network.include_argmax
         json.dumps(config.to_dict())  # as it goes into a checkpoint
 
 
@@ -148,11 +148,11 @@ def test_an_ablation_changes_what_it_names(base):
     expected = {
         "without_transformer": {"model.encoder_layers": 0},
         "without_cross_spatial": {"model.cross_spatial": False},
-        "without_sampling": {"model.num_samples": 1},
-        "candidates_96": {"model.num_samples": 96},
+        "without_sampling": {"model.num_candidates": 1},
+        "candidates_96": {"model.num_candidates": 96},
         "diffusion_steps_1000": {"model.diffusion_steps": 1000},
         "hypotheses_2000": {"evaluation.num_hypotheses": 2000},
-        "candidates_8_without_argmax": {"model.num_samples": 8, "model.include_argmax": False},
+        "candidates_8_without_argmax": {"model.num_candidates": 8, "model.include_argmax": False},
     }
     for name, fields in expected.items():
         changed = differences(full, ablations.get_config(f"{base}/{name}"))
@@ -198,7 +198,7 @@ ENCODER, DENOISER = "network.encoder", "network.denoiser"
         ("model.cross_spatial", False, {f"{ENCODER}.cross_spatial": False}),
         ("model.encoder_layers", 0, {f"{ENCODER}.num_layers": 0}),
         ("model.include_argmax", False, {"network.include_argmax": False}),
-        ("model.num_samples", 1, {"network.num_samples": 1}),
+        ("model.num_candidates", 1, {"network.num_candidates": 1}),
         ("model.matmul_dtype", "float16",
          {f"{ENCODER}.dtype": jnp.float16, f"{DENOISER}.dtype": jnp.float16}),
         ("model.matmul_dtype", "bfloat16",

@@ -58,7 +58,7 @@ def test_the_place_of_a_pose_is_not_in_its_vector():
 def random_samples(seed):
     rng = np.random.default_rng(seed)
     cells, likelihood = rng.integers(0, 64 * 64, (6, 16)), rng.uniform(0, 1, (6, 16))
-    return heatmaps.HeatmapSamples(jnp.asarray(cells), jnp.asarray(likelihood, jnp.float32))
+    return heatmaps.Candidates(jnp.asarray(cells), jnp.asarray(likelihood, jnp.float32))
 
 
 # --- parameters and loss -----------------------------------------------------------------
@@ -66,7 +66,7 @@ def random_samples(seed):
 
 def test_parameters_of_the_paper_s_size():
     network = small_network(
-        num_samples=32, num_kernels=64, encoder_layers=4, encoder_feed_forward=512,
+        num_candidates=32, num_kernels=64, encoder_layers=4, encoder_feed_forward=512,
         condition_size=2048, denoiser_width=1024, denoiser_blocks=2,
     )  # fmt: skip
     params = jax.eval_shape(network.init, jax.random.key(0))
@@ -318,7 +318,7 @@ def test_hypotheses_of_other_encoders(encoder):
         ({"likelihood": "raw"}, "likelihood must be one of height, probability, not 'raw'"),
         ({"resnet_width": 6}, "resnet_width must be a positive multiple of 4, not 6"),
         ({"resnet_width": 0}, "resnet_width must be a positive multiple of 4, not 0"),
-        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
+        ({"num_candidates": 0}, "num_candidates must be at least 1, not 0"),
         ({"encoder_heads": 3}, "3 encoder_heads do not divide 2 num_kernels = 16"),
         ({"diffusion_steps": 1}, r"diffusion_steps must be 2 to 10000, not 1"),
     ],
@@ -341,7 +341,7 @@ def test_fields_reach_their_modules():
     network = small_network(
         candidates="per_hypothesis", coordinates="standardised", include_argmax=False,
         likelihood="probability", likelihood_scaling=False, joint_dropout=0.5, pose_scale=7.0,
-        schedule_offset=0.1, clip=3.0, num_samples=9, denoiser_blocks=3, encoder_dropout=0.25,
+        schedule_offset=0.1, clip=3.0, num_candidates=9, denoiser_blocks=3, encoder_dropout=0.25,
     )  # fmt: skip
     assert network.candidates_per_hypothesis
     assert network.encoder.standardise

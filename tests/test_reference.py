@@ -21,7 +21,7 @@ from diffpose_jax.interop import torch_weights
 from diffpose_jax.method import diffusion, heatmaps, sampling
 from diffpose_jax.method import network as model
 from diffpose_jax.method.channel_embedding import channel_embedding
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,7 +30,7 @@ ABLATIONS = {
     "without_argmax": ({"include_argmax": False}, None),
     "without_likelihood_scaling": ({"likelihood_scaling": False}, None),
     "without_cross_spatial": ({"cross_spatial": False}, "condition_emb.pos_proj."),
-    "argmax_only": ({"num_samples": 1}, None),
+    "argmax_only": ({"num_candidates": 1}, None),
 }
 """Changes of `config.model`, and what the published program then has no tensors for."""
 
@@ -103,7 +103,7 @@ def assert_close(result, expected, *, absolute=0.0, relative=0.0, of_std=0.0):
 def given_candidates(case, prefix):
     """Candidates of a case as the network takes them: cells, which must lose nothing."""
     cells = heatmaps.coordinate_cells(jnp.asarray(case[f"{prefix}/xy"]))
-    samples = HeatmapSamples(cells, jnp.asarray(case[f"{prefix}/likelihood"]))
+    samples = Candidates(cells, jnp.asarray(case[f"{prefix}/likelihood"]))
     assert_close(samples.xy, case[f"{prefix}/xy"], absolute=1e-6)
     return samples
 

@@ -23,7 +23,7 @@ from diffpose_jax.config import ConfigError
 from diffpose_jax.data import human36m, motion, simulator
 from diffpose_jax.data import prepared as detections
 from diffpose_jax.method import heatmaps as heatmaps_lib
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.method.network import DiffPose
 from diffpose_jax.method.network import Evidence as ModelEvidence
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
@@ -271,8 +271,8 @@ class PredrawnCandidates:
       include_argmax: whether the argmax stands before them.
     """
 
-    best: HeatmapSamples
-    drawn: HeatmapSamples
+    best: Candidates
+    drawn: Candidates
     num_taken: int = flax.struct.field(pytree_node=False)
     include_argmax: bool = flax.struct.field(pytree_node=False)
 
@@ -291,7 +291,7 @@ class PredrawnCandidates:
         Raises:
           ConfigError: if P is smaller than what a step takes.
         """
-        num_taken = network.num_samples - network.include_argmax
+        num_taken = network.num_candidates - network.include_argmax
         if num_drawn < num_taken:
             raise ConfigError(
                 f"config.data.predrawn_candidates = {num_drawn} is less than the {num_taken}"
@@ -307,7 +307,7 @@ class PredrawnCandidates:
         )
         return cls(best, drawn, num_taken, network.include_argmax)
 
-    def take(self, rows: Array | np.ndarray, places: Array | np.ndarray) -> HeatmapSamples:
+    def take(self, rows: Array | np.ndarray, places: Array | np.ndarray) -> Candidates:
         """Candidates (..., S, 16) of the rows (...), from places (...) of any size on."""
         places = places[..., None] + np.arange(self.num_taken).reshape((1,) * rows.ndim + (-1,))
         places = places % self.drawn.cells.shape[1]
@@ -349,15 +349,15 @@ def evidence(
 @functools.partial(jax.jit, static_argnames="num_drawn")
 def _draw(
     key: Array, rows: Array, heatmaps: Array, num_drawn: int
-) -> tuple[HeatmapSamples, HeatmapSamples]:
+) -> tuple[Candidates, Candidates]:
     """Argmax (n, 1, 16) and draws (n, P, 16) in storage types."""
 
-    def draw(row: Array, heatmaps: Array) -> HeatmapSamples:
+    def draw(row: Array, heatmaps: Array) -> Candidates:
         key_of_row = jax.random.fold_in(key, row)
         return heatmaps_lib.sample(key_of_row, heatmaps, num_drawn + 1, include_argmax=True)
 
     samples = jax.vmap(draw)(rows, heatmaps)
-    stored = HeatmapSamples(
+    stored = Candidates(
         cells=samples.cells.astype(jnp.uint16), likelihood=samples.likelihood.astype(jnp.float16)
     )
     return jax.tree.map(lambda x: x[:, :1], stored), jax.tree.map(lambda x: x[:, 1:], stored)

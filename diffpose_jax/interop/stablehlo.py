@@ -115,7 +115,7 @@ def write(directory: str | Path, contents: dict[str, bytes]) -> None:
     beside = directory.with_name(f".{directory.name}.{os.getpid()}.part")
     try:
         for name, content in contents.items():
-            files.write_whole(beside / name, content)
+            files.write_atomic(beside / name, content)
         beside.rename(directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -168,7 +168,7 @@ def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) 
     }
     whole = io.BytesIO()
     torch.save(content, whole)
-    files.write_whole(path, whole.getvalue())
+    files.write_atomic(path, whole.getvalue())
 
 
 def released_tensors(content: Any, weights: str = "raw") -> dict[str, np.ndarray]:

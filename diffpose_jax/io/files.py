@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
     """Writes a file beside its place, then renames it: whole or not at all.
 
     Args:
@@ -70,5 +70,5 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
-    """Writes content as JSON, see `write_whole`."""
-    return write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Writes content as JSON, see `write_atomic`."""
+    return write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from diffpose_jax.io.files import FileError, write_whole
+from diffpose_jax.io.files import FileError, write_atomic
 
 
 def read_scalars(path: str | Path) -> list[dict[str, float]]:
@@ -49,7 +49,7 @@ class ScalarWriter:
     def __init__(self, path: str | Path, last_step: int) -> None:
         self._path = Path(path)
         kept = [line for line in read_scalars(path) if line["step"] <= last_step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         # Without a buffer: a line is there when `write` returns, and a full disk fails there.
         self._file = self._path.open("ab", buffering=0)
 

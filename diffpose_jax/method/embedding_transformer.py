@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from diffpose_jax.method.channel_embedding import channel_embedding
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.skeleton import HEATMAP_SIZE
 
 
@@ -119,7 +119,7 @@ class EmbeddingTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, samples: HeatmapSamples, *, deterministic: bool = True) -> Array:
+    def __call__(self, samples: Candidates, *, deterministic: bool = True) -> Array:
         """Candidates to condition.
 
         Args:
@@ -152,8 +152,8 @@ class EmbeddingTransformer(nn.Module):
             # The layer is linear: applied to the sum, with the bias counted once a candidate.
             linear = nn.Dense(width, use_bias=False, dtype=self.dtype, name="cross_spatial")
             bias = self.param("cross_spatial_bias", nn.initializers.zeros, (width,))
-            num_samples = samples.cells.shape[-2]
-            embedding = linear(embedding) + _over(num_samples * bias, embedding)
+            num_candidates = samples.cells.shape[-2]
+            embedding = linear(embedding) + _over(num_candidates * bias, embedding)
         joints = self.param(
             "joint_embedding", nn.initializers.normal(1.0), (embedding.shape[-2], width)
         )

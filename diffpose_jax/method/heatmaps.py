@@ -22,7 +22,7 @@ _BLOCK = 8
 
 
 @flax.struct.dataclass
-class HeatmapSamples:
+class Candidates:
     """Joint candidates with their likelihoods.
 
     Candidates are cells of the heatmap, so 16 bits each hold them exactly; data sets store
@@ -92,11 +92,11 @@ def argmax_cells(heatmaps: Array) -> Array:
     return (row * heatmaps.shape[-1] + jnp.argmax(best_row, axis=-1)).astype(jnp.int32)
 
 
-def argmax(heatmaps: Array) -> HeatmapSamples:
+def argmax(heatmaps: Array) -> Candidates:
     """Each map's highest cell as the only candidate (S = 1); its height is not clamped."""
     cells = argmax_cells(heatmaps)
     height = jnp.max(heatmaps, axis=(-2, -1))
-    return HeatmapSamples(
+    return Candidates(
         cells=cells[..., None, :],
         likelihood=height[..., None, :].astype(jnp.float32),
     )
@@ -115,7 +115,7 @@ def normalise(heatmaps: Array) -> Array:
     return heatmaps / jnp.where(total > 0, total, 1.0)
 
 
-def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, Array]:
+def sample_cells(key: Array, heatmap: Array, num_candidates: int) -> tuple[Array, Array]:
     """Draws cells of one map with replacement, p proportional to max(height, 0).
 
     The inverse transform in three stages, each with a uniform number of its own: the row, a block
@@ -124,7 +124,7 @@ def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, A
     Args:
       key: a random key.
       heatmap: (H, W), W a multiple of 8. An all-non-positive map is uniform with likelihood 0.
-      num_samples: S.
+      num_candidates: S.
 
     Returns:
       cells (S,) int32 and likelihoods (S,) float32.
@@ -147,7 +147,7 @@ def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, A
         below = jnp.sum(cumulative <= target, axis=1, dtype=jnp.int32)
         return jnp.minimum(below, size - 1)
 
-    uniform = jax.random.uniform(key, (3, num_samples))
+    uniform = jax.random.uniform(key, (3, num_candidates))
     row = pick(rows, uniform[0])
     block = pick(blocks[row], uniform[1])
     heights = heatmap.reshape(-1, _BLOCK)[row * (width // _BLOCK) + block]
@@ -162,26 +162,26 @@ def sample_cells(key: Array, heatmap: Array, num_samples: int) -> tuple[Array, A
 
 
 def sample(
-    key: Array, heatmaps: Array, num_samples: int = 32, *, include_argmax: bool = True
-) -> HeatmapSamples:
+    key: Array, heatmaps: Array, num_candidates: int = 32, *, include_argmax: bool = True
+) -> Candidates:
     """Draws the joint candidates of one image.
 
     Args:
       key: a random key.
       heatmaps: (J, H, W).
-      num_samples: S, the argmax counted in.
+      num_candidates: S, the argmax counted in.
       include_argmax: whether the first candidate is the argmax (False: "w/o argmax", Table 4).
 
     Returns:
-      `HeatmapSamples`, (S, J).
+      `Candidates`, (S, J).
     """
     num_joints = heatmaps.shape[0]
-    num_drawn = num_samples - include_argmax
+    num_drawn = num_candidates - include_argmax
     keys = jax.vmap(lambda joint: jax.random.fold_in(key, joint))(jnp.arange(num_joints))
     cells, likelihood = jax.vmap(sample_cells, in_axes=(0, 0, None), out_axes=1)(
         keys, heatmaps, num_drawn
     )
-    drawn = HeatmapSamples(cells=cells, likelihood=likelihood)
+    drawn = Candidates(cells=cells, likelihood=likelihood)
     if not include_argmax:
         return drawn
     best = argmax(heatmaps)

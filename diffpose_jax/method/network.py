@@ -19,14 +19,14 @@ from diffpose_jax.method import diffusion, sampling
 from diffpose_jax.method import heatmaps as heatmaps_lib
 from diffpose_jax.method.denoiser import Denoiser
 from diffpose_jax.method.embedding_transformer import EmbeddingTransformer
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.method.plain_encoders import CandidateVector, HeatmapResNet
 from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 Params = Mapping[str, Any]
 
 Encoder = EmbeddingTransformer | CandidateVector | HeatmapResNet
-Evidence = HeatmapSamples | Array
+Evidence = Candidates | Array
 """What an encoder reads: candidates (..., S, 16), or the heatmaps (..., 16, 64, 64) themselves."""
 
 MAX_IMAGES = 64
@@ -85,7 +85,7 @@ class DiffPose:
       schedule: the noise schedule.
       pose_scale: units of the pose vector per metre.
       clip: bound of the predicted x_0, in these units.
-      num_samples: S, candidates per joint.
+      num_candidates: S, candidates per joint.
       include_argmax: whether the first candidate is the heatmap's argmax.
       normalised_likelihood: whether a candidate's likelihood is its probability, or the raw
         height of the heatmap.
@@ -98,7 +98,7 @@ class DiffPose:
     schedule: diffusion.Schedule
     pose_scale: float
     clip: float
-    num_samples: int
+    num_candidates: int
     include_argmax: bool
     normalised_likelihood: bool
     candidates_per_hypothesis: bool
@@ -128,12 +128,12 @@ class DiffPose:
         denoiser = self.denoiser.init(denoiser_key, condition, method=both)
         return {"encoder": encoder.get("params", {}), "denoiser": denoiser["params"]}
 
-    def draw_candidates(self, key: Array, heatmaps: Array) -> HeatmapSamples:
+    def draw_candidates(self, key: Array, heatmaps: Array) -> Candidates:
         """Draws the candidates of one image: heatmaps (16, 64, 64) -> S x 16 candidates."""
         if self.normalised_likelihood:
             heatmaps = heatmaps_lib.normalise(heatmaps)
         return heatmaps_lib.sample(
-            key, heatmaps, self.num_samples, include_argmax=self.include_argmax
+            key, heatmaps, self.num_candidates, include_argmax=self.include_argmax
         )
 
     def draw_evidence(self, key: Array, heatmaps: Array) -> Evidence:
@@ -355,7 +355,7 @@ class Model:
 def build(
     *,
     encoder: str,
-    num_samples: int,
+    num_candidates: int,
     include_argmax: bool,
     candidates: str,
     coordinates: str,
@@ -384,8 +384,8 @@ def build(
     Raises:
       ValueError: for a value out of range.
     """
-    if num_samples < 1:
-        raise ValueError(f"config.model.num_samples must be at least 1, not {num_samples}")
+    if num_candidates < 1:
+        raise ValueError(f"config.model.num_candidates must be at least 1, not {num_candidates}")
     if resnet_width < 4 or resnet_width % 4:
         raise ValueError(
             f"config.model.resnet_width must be a positive multiple of 4, not {resnet_width}"
@@ -428,7 +428,7 @@ def build(
         schedule=diffusion.cosine_schedule(diffusion_steps, schedule_offset, max_beta),
         pose_scale=pose_scale,
         clip=clip,
-        num_samples=num_samples,
+        num_candidates=num_candidates,
         include_argmax=include_argmax,
         normalised_likelihood=_choice(
             "likelihood", likelihood, {"height": False, "probability": True}
@@ -440,7 +440,7 @@ def build(
 
 
 _RANGES = {
-    "num_samples": (1, 4096),
+    "num_candidates": (1, 4096),
     "num_kernels": (2, 4096),
     "joint_dropout": (0, 0.99),
     "encoder_layers": (0, 100),

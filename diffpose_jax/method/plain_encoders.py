@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 
 
 class CandidateVector(nn.Module):
@@ -27,7 +27,7 @@ class CandidateVector(nn.Module):
     likelihood_scaling: bool = True
 
     @nn.compact
-    def __call__(self, samples: HeatmapSamples, *, deterministic: bool = True) -> Array:
+    def __call__(self, samples: Candidates, *, deterministic: bool = True) -> Array:
         """Candidates (..., S, J) to (..., 3 S J): x, y and likelihood (2 S J without)."""
         del deterministic
         likelihood = samples.likelihood.astype(jnp.float32)

@@ -367,7 +367,7 @@ def write(
         buffer = io.BytesIO()
         arrays: dict[str, Any] = contents(detection, prediction)
         np.savez_compressed(buffer, **arrays)
-        files.write_whole(folder / "hypotheses.npz", buffer.getvalue())
+        files.write_atomic(folder / "hypotheses.npz", buffer.getvalue())
     except OSError as error:
         raise PredictionError(f"{folder} cannot be written: {error}") from error
 

@@ -25,7 +25,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
-from diffpose_jax.io.files import write_whole
+from diffpose_jax.io.files import write_atomic
 from diffpose_jax.skeleton import (
     H36M_BONES,
     H36M_JOINTS,
@@ -441,7 +441,7 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
         The path.
     """
     path = Path(path)
-    return write_whole(path, figure_bytes(figure, path.suffix.lstrip(".") or "png", dpi))
+    return write_atomic(path, figure_bytes(figure, path.suffix.lstrip(".") or "png", dpi))
 
 
 def checked_array(name: str, values: ArrayLike, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffpose_jax.io.files import write_whole
+from diffpose_jax.io.files import write_atomic
 from diffpose_jax.report.figures import (
     GROUP_COLOURS,
     JOINT_GROUPS,
@@ -169,7 +169,7 @@ def write_report(
     page = re.sub(
         r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template.read_text(encoding="utf-8")
     )
-    return write_whole(path, page.encode("utf-8"))
+    return write_atomic(path, page.encode("utf-8"))
 
 
 def _example_data(example: ReportExample) -> dict[str, object]:

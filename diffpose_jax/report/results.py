@@ -297,9 +297,9 @@ def write_tables(
     """Writes tables.md and each table in it as a CSV file, see `make_tables`."""
     made = make_tables(contents, protocol)
     for name, (_, table) in made.items():
-        files.write_whole(output / f"table_{name}.csv", table.to_csv().encode())
+        files.write_atomic(output / f"table_{name}.csv", table.to_csv().encode())
     text = "\n".join(f"{title}\n\n{table.to_markdown()}" for title, table in made.values())
-    files.write_whole(output / "tables.md", text.encode())
+    files.write_atomic(output / "tables.md", text.encode())
 
 
 def _of_group(content: dict[str, Any], key: str, column: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Batch:
 
     Attributes:
       evidence: what the candidates come from: heatmaps (..., 16, 64, 64), to draw anew, or
-        `HeatmapSamples` (..., S, 16) that were drawn before.
+        `Candidates` (..., S, 16) that were drawn before.
       pose_mm: (..., 17, 3), millimetres.
     """
 

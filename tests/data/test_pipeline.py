@@ -12,7 +12,7 @@ from small import examples, network, small_config, write_motion
 from diffpose_jax.config import ConfigError
 from diffpose_jax.data import motion, pipeline, simulator
 from diffpose_jax.method import heatmaps as heatmaps_lib
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 
 NUMBER = 10
 
@@ -21,7 +21,7 @@ class Rows:
     """Evidence that tells which rows were asked for, and with which random numbers."""
 
     def take(self, rows, places):
-        return HeatmapSamples(cells=rows, likelihood=places)
+        return Candidates(cells=rows, likelihood=places)
 
 
 def training_data(seed=3):
@@ -199,7 +199,7 @@ def test_predrawn_have_the_distribution_of_direct_sampling():
         heatmaps=lambda rows: maps[rows],
     )
     config = small_config()
-    config.model.update(include_argmax=False, num_samples=600)
+    config.model.update(include_argmax=False, num_candidates=600)
     ahead = pipeline.evidence(data, network(config), 600, jax.random.key(5))
     ahead = ahead.take(np.zeros(1, int), np.zeros(1, int))
     direct = heatmaps_lib.sample(jax.random.key(6), maps[0], 600, include_argmax=False)

@@ -108,7 +108,7 @@ def exported(released):
 def reverse_chain(case, network, params):
     """Poses in metres from the case's candidates and noise."""
     cells = heatmaps.coordinate_cells(jnp.asarray(case["samples/xy"]))
-    samples = heatmaps.HeatmapSamples(cells, jnp.asarray(case["samples/likelihood"]))
+    samples = heatmaps.Candidates(cells, jnp.asarray(case["samples/likelihood"]))
 
     @jax.jit
     def chains(params, noise):

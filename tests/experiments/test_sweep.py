@@ -29,7 +29,7 @@ def get_config(name):
     config.evaluation.num_hypotheses = {{"two": 2, "three": 3, "broken": 2}}[name]
     config.evaluation.report_frames = 1
     if name == "broken":
-        config.model.num_samples = 0
+        config.model.num_candidates = 0
     return config
 """
 
@@ -294,7 +294,7 @@ def test_a_sweep(tmp_path):
     assert "error: not finished: broken, seed 3. The same command does these" in done.stderr, (
         done.stderr
     )
-    assert "num_samples must be at least 1, not 0" in done.stderr
+    assert "num_candidates must be at least 1, not 0" in done.stderr
     folders = {name: output / name / "seed_3" for name in names}
     results = {}
     for name, number in (("two", 2), ("three", 3)):

@@ -198,7 +198,7 @@ def test_without_flatbuffers(monkeypatch):
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     contents = {"a": b"1", "b": b"2"}
-    whole = files.write_whole
+    whole = files.write_atomic
 
     def fails_at_b(path, content):
         if path.name == "b":
@@ -206,7 +206,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         return whole(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_whole", fails_at_b)
+        patch.setattr(files, "write_atomic", fails_at_b)
         with pytest.raises(OSError, match="No space left"):
             stablehlo.write(tmp_path / "s", contents)
     assert not list(tmp_path.iterdir())
@@ -246,7 +246,7 @@ def test_the_program_writes_it_beside_the_checkpoint(export_with, tmp_path, conf
     description = json.loads((tmp_path / "export" / "stablehlo" / "sampler.json").read_text())
     expected = (4, "ddim:2") if configured else (3, "ddpm")
     assert (description["num_hypotheses"], description["solver"]) == expected
-    assert checkpoints.load(tmp_path / "export").network.num_samples == 6
+    assert checkpoints.load(tmp_path / "export").network.num_candidates == 6
     with pytest.raises(CheckpointError, match="export is there already"):
         export_with(stablehlo=True)
 

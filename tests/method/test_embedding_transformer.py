@@ -9,7 +9,7 @@ import pytest
 
 from diffpose_jax.method import embedding_transformer
 from diffpose_jax.method.embedding_transformer import EmbeddingTransformer, axis_histograms
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 
 SMALL = {"num_kernels": 8, "condition_size": 20, "num_layers": 1, "feed_forward": 24}
 B, S, J, WIDTH = 3, 6, 16, 16
@@ -19,7 +19,7 @@ def random_samples(seed, dtypes=(np.int32, np.float32)):
     rng = np.random.default_rng(seed)
     cells = rng.integers(0, 64 * 64, (B, S, J)).astype(dtypes[0])
     likelihood = rng.normal(0.4, 0.3, (B, S, J)).astype(dtypes[1])
-    return HeatmapSamples(jnp.asarray(cells), jnp.asarray(likelihood))
+    return Candidates(jnp.asarray(cells), jnp.asarray(likelihood))
 
 
 def random_params(module, seed):
@@ -116,7 +116,7 @@ def test_any_leading_axes():
 def test_candidates_as_data_sets_store_them():
     module = EmbeddingTransformer(**SMALL)
     params, stored = random_params(module, 5), random_samples(6, (np.uint16, np.float16))
-    wide = HeatmapSamples(jnp.int32(stored.cells), jnp.float32(stored.likelihood))
+    wide = Candidates(jnp.int32(stored.cells), jnp.float32(stored.likelihood))
     np.testing.assert_array_equal(apply(module, params, stored), apply(module, params, wide))
 
 
@@ -165,7 +165,7 @@ def test_standardised_coordinates_ignore_place_and_size():
         module = EmbeddingTransformer(**SMALL, standardise=standardise)
         cells = jnp.asarray(64 * column_row[1] + column_row[0])
         params = random_params(module, 14)
-        return apply(module, params, HeatmapSamples(cells, likelihood))
+        return apply(module, params, Candidates(cells, likelihood))
 
     moved = 2 * column_row + np.array([5, 20])[:, None, None, None]
     np.testing.assert_allclose(condition(moved, True), condition(column_row, True), atol=2e-5)
@@ -174,7 +174,7 @@ def test_standardised_coordinates_ignore_place_and_size():
 
 def test_standardising_candidates_that_all_agree_is_finite():
     module = EmbeddingTransformer(**SMALL, standardise=True)
-    samples = HeatmapSamples(jnp.full((B, S, J), 99), jnp.ones((B, S, J)))
+    samples = Candidates(jnp.full((B, S, J), 99), jnp.ones((B, S, J)))
     assert jnp.isfinite(apply(module, random_params(module, 15), samples)).all()
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from diffpose_jax.method import heatmaps
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 
 sample_cells = jax.jit(heatmaps.sample_cells, static_argnums=2)
 sample = jax.jit(heatmaps.sample, static_argnums=2, static_argnames="include_argmax")
@@ -30,7 +30,7 @@ def test_coordinates_run_over_columns_then_rows_without_half_a_cell():
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint16])
 def test_cells_to_coordinates_and_back(dtype):
     cells = jnp.arange(64 * 64, dtype=dtype).reshape(8, 32, 16)
-    back = heatmaps.coordinate_cells(HeatmapSamples(cells, jnp.zeros(cells.shape)).xy)
+    back = heatmaps.coordinate_cells(Candidates(cells, jnp.zeros(cells.shape)).xy)
     np.testing.assert_array_equal(back, cells)
 
 

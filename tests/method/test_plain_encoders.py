@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.method.plain_encoders import CandidateVector, HeatmapResNet
 
 B, S, J = 3, 5, 16
@@ -20,7 +20,7 @@ def random_samples(seed, dtypes=(np.int32, np.float32)):
     rng = np.random.default_rng(seed)
     cells = rng.integers(0, 64 * 64, (B, S, J)).astype(dtypes[0])
     likelihood = rng.normal(0.4, 0.3, (B, S, J)).astype(dtypes[1])
-    return HeatmapSamples(jnp.asarray(cells), jnp.asarray(likelihood))
+    return Candidates(jnp.asarray(cells), jnp.asarray(likelihood))
 
 
 def vector_of(samples, **fields):

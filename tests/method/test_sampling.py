@@ -27,13 +27,13 @@ def gaussian_denoise(schedule, x_t, t):
     return gains[t] @ (x_t - means[t])
 
 
-def sample_gaussian(schedule, num_samples):
+def sample_gaussian(schedule, num_candidates):
     def chain(key):
         noise = jax.random.normal(key, (schedule.num_steps + 1, 2))
         denoise = functools.partial(gaussian_denoise, schedule)
         return sampling.reverse_chain(denoise, schedule, noise, clip=30.0)
 
-    return jax.jit(jax.vmap(chain))(jax.random.split(jax.random.key(0), num_samples))
+    return jax.jit(jax.vmap(chain))(jax.random.split(jax.random.key(0), num_candidates))
 
 
 def propagated_moments(schedule):

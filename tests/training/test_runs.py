@@ -21,7 +21,7 @@ from diffpose_jax.config import ConfigError
 from diffpose_jax.data import pipeline
 from diffpose_jax.io import scalars
 from diffpose_jax.method import network as model
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.training import checkpoints, runs
 from diffpose_jax.training import step as training
 from diffpose_jax.training.runs import RunError
@@ -359,7 +359,7 @@ def test_the_last_steps_that_can_be_counted():
         return state.replace(step=jnp.int32(step), opt_state=counts)
 
     rng = np.random.default_rng(0)
-    drawn = HeatmapSamples(
+    drawn = Candidates(
         cells=jnp.asarray(rng.integers(0, 4096, (4, 4, 16)), jnp.uint16),
         likelihood=jnp.asarray(rng.random((4, 4, 16)), jnp.float16),
     )

@@ -7,7 +7,7 @@ import pytest
 from small import examples, network, small_config
 
 from diffpose_jax.data import pipeline
-from diffpose_jax.method.heatmaps import HeatmapSamples
+from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.training import step as training
 
 KEY = jax.random.key(1)
@@ -30,7 +30,7 @@ def heatmap_batch(seed, number):
 
 def candidate_batch(seed, number):
     rng = np.random.default_rng(seed)
-    candidates = HeatmapSamples(
+    candidates = Candidates(
         cells=rng.integers(0, 64 * 64, (number, 4, 16)).astype(np.uint16),
         likelihood=rng.uniform(0.2, 1.0, (number, 4, 16)).astype(np.float16),
     )
@@ -345,7 +345,7 @@ def test_heatmaps_and_predrawn_candidates_do_the_same(trainer, step):
     np.put_along_axis(
         maps, only.cells[:, 0, :, None].astype(int), only.likelihood[:, 0, :, None], axis=2
     )
-    same = jax.tree.map(lambda x: np.repeat(x, trainer.network.num_samples, axis=1), only)
+    same = jax.tree.map(lambda x: np.repeat(x, trainer.network.num_candidates, axis=1), only)
     state = trainer.init(jax.random.key(0))
     _, drawn = step(state, KEY, given.replace(evidence=maps.reshape(-1, 16, 64, 64)))
     _, predrawn = step(state, KEY, given.replace(evidence=same))
