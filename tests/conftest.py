@@ -8,6 +8,11 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # In the programs that tests start, what a user would be warned of is an error.
 os.environ["PYTHONWARNINGS"] = "error,ignore::DeprecationWarning"
 
+if os.environ.get("DIFFPOSE_TYPECHECK"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook("diffpose_jax", "beartype.beartype")
+
 import jax
 import pytest
 from absl import flags
