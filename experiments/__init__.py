@@ -14,24 +14,24 @@ from diffpose_jax.distributed import ProcessError
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io.extras import MissingExtraError
 from diffpose_jax.io.files import FileError
+from diffpose_jax.io.locks import LockedError
 from diffpose_jax.io.pictures import PictureError
 from diffpose_jax.prediction.predict import PredictionError
 from diffpose_jax.training import runs
 from diffpose_jax.training.checkpoints import CheckpointError
-from diffpose_jax.training.runs import RunError
 from diffpose_jax.training.step import NonFiniteLossError
 
 _USERS_ERRORS = (
     CheckpointError,
     ConfigError,
     FileError,
+    LockedError,
     MissingExtraError,
     NonFiniteLossError,
     OSError,  # a full disk, a folder that cannot be written
     PictureError,
     PredictionError,
     ProcessError,
-    RunError,
     WeightsError,
 )
 

@@ -14,8 +14,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from diffpose_jax import distributed as devices
+from diffpose_jax.io import locks
 from diffpose_jax.report import results
-from diffpose_jax.training import checkpoints, runs
+from diffpose_jax.training import checkpoints
 from experiments import processes
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or an export.")
@@ -45,7 +46,7 @@ def main(_: list[str]) -> None:
     checkpoints.find(Path(CHECKPOINT.value))  # before a folder is made for what cannot be
     output = Path(OUTPUT.value or CHECKPOINT.value)
     # While it is trained, a model can be evaluated into another folder than its own.
-    with devices.output_folder(output) as own, runs.only_one(own):
+    with devices.output_folder(output) as own, locks.exclusive(own):
         results.print_table(
             results.evaluate_run(
                 Path(CHECKPOINT.value),

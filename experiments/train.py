@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffpose_jax import config as config_lib
 from diffpose_jax import distributed as devices
 from diffpose_jax.data import pipeline
-from diffpose_jax.io import files, scalars
+from diffpose_jax.io import files, locks, scalars
 from diffpose_jax.method import network as model
 from diffpose_jax.report import results
 from diffpose_jax.training import checkpoints, runs
@@ -143,7 +143,7 @@ def main(_: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or Path("runs") / name)
     start = time.monotonic()
-    with devices.output_folder(workdir) as own, runs.only_one(own):
+    with devices.output_folder(workdir) as own, locks.exclusive(own):
         train(config, own, DATA_DIR.value)
         results.print_table(results.evaluate_run(workdir, workdir, config, data_dir=DATA_DIR.value))
     minutes = (time.monotonic() - start) / 60

@@ -37,9 +37,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from diffpose_jax.data import compact
-from diffpose_jax.io.files import read_json, sync, write_json, write_atomic
+from diffpose_jax.io import locks
+from diffpose_jax.io.files import read_json, sync, write_atomic, write_json
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
-from diffpose_jax.training import runs
 
 _SHAPE = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
 # A reader keeps every shard open: few large ones, whatever the number of parts.
@@ -360,7 +360,7 @@ def preparing(folder: Path) -> Iterator[None]:
     Raises:
       OSError: in place of the error that array_record has for a file that it cannot write.
     """
-    with runs.in_turn(folder.parent), quiet_tfds():
+    with locks.waiting(folder.parent), quiet_tfds():
         try:
             yield
         except RuntimeError as error:

@@ -1,12 +1,10 @@
-"""What surrounds a run: one process at a time, signals to stop, and a record of how it began."""
+"""Signals that stop a run, and the record of how it began."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import signal
@@ -19,82 +17,16 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import logging
 
 from diffpose_jax._version import __version__
 from diffpose_jax.config import ConfigError
 from diffpose_jax.io.files import read_json, write_json
 
-LOCK = ".lock"
-"""The file in a run's folder that says which process works on it, while that holds its lock."""
 CONFIG = "config.json"
 """The file in a run's folder with its configuration and a record of each of its starts."""
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 _REPOSITORY = Path(__file__).parents[2]
-
-
-class RunError(RuntimeError):
-    """A run's folder is in use; the message says by whom."""
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes from working on it until the context is left.
-
-    The lock is the kernel's (`flock`), so that a process that dies, however, gives it back; the
-    file that it is on stays, and tells the next process whom it has to wait for.
-
-    Raises:
-      RunError: if another process has it; the message names that process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"{folder} is in use by {_holder(file.read())}: wait for it or stop it, or choose"
-                " another folder"
-            ) from None
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Makes a folder and waits until no other process is in this context with the same folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, operation: int) -> None:
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        raise
-    except OSError as error:  # some network file systems are mounted without locks
-        logging.warning("no lock, so do not start two of these at once: %s", error)
-
-
-def _holder(content: str) -> str:
-    try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, TypeError, KeyError):  # it has the lock and has not said so yet
-        return "another process"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class Stopped(KeyboardInterrupt):
@@ -182,7 +114,7 @@ def write_config(
 def start_record(*, seed: int, step: int, data_fingerprint: str) -> dict[str, Any]:
     """What a run depends on besides its configuration, for `write_config`."""
     return {
-        "time": _now(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": step,
         "seed": seed,
         "data_fingerprint": data_fingerprint,

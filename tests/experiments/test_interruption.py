@@ -27,7 +27,7 @@ from small import network, small_config, write_motion
 import experiments
 from diffpose_jax.data import motion
 from diffpose_jax.data import prepared as detections
-from diffpose_jax.io import scalars
+from diffpose_jax.io import locks, scalars
 from diffpose_jax.training import checkpoints, runs
 from diffpose_jax.training import step as training
 
@@ -74,7 +74,7 @@ def config_of(source):
 
 def train(folder, source):
     """What the program does up to the evaluation."""
-    with runs.only_one(folder / "run"):
+    with locks.exclusive(folder / "run"):
         load("train").train(config_of(source), folder / "run", str(folder / "data"))
 
 

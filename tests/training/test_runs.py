@@ -1,19 +1,16 @@
-"""What surrounds a run: its lock, signals to stop, its record, and numbers that are not finite."""
+"""What surrounds a run: signals to stop, its record, and numbers that are not finite."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from paths import ROOT
 from programs import load
 from small import examples, network, small_config, write_motion
 
@@ -24,56 +21,6 @@ from diffpose_jax.method import network as model
 from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.training import checkpoints, runs
 from diffpose_jax.training import step as training
-from diffpose_jax.training.runs import RunError
-
-# One at a time.
-
-
-def test_a_second_run_is_refused_and_told_by_whom(tmp_path):
-    folder = tmp_path / "runs" / "a"
-    with runs.only_one(folder), pytest.raises(RunError) as error, runs.only_one(folder):
-        pass
-    holder = json.loads((folder / runs.LOCK).read_text())
-    assert holder["pid"] == os.getpid()
-    message = str(error.value)
-    assert message.startswith(f"{folder} is in use by process {os.getpid()} on {holder['host']}")
-    assert holder["since"] in message
-    with runs.only_one(folder):
-        pass
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from diffpose_jax.training import runs
-with runs.only_one(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"process {process.pid} on"), runs.only_one(tmp_path):
-            pass
-        process.kill()
-        process.wait()
-    assert str(process.pid) in (tmp_path / runs.LOCK).read_text()
-    with runs.only_one(tmp_path):
-        assert json.loads((tmp_path / runs.LOCK).read_text())["pid"] == os.getpid()
-
-
-def test_a_lock_that_says_nothing(tmp_path):
-    with runs.only_one(tmp_path):
-        for content in ("", "{", "[1]", "{}"):
-            (tmp_path / runs.LOCK).write_text(content)
-            with pytest.raises(RunError, match="by another process"), runs.only_one(tmp_path):
-                pass
-
 
 # Signals.
 
