@@ -260,7 +260,7 @@ def test_a_part_that_fails(tmp_path, prepared, monkeypatch):
     again.prepare()
     assert again.parts_read == ["S9", "S5"]
     assert contents(again) == contents(prepared)
-    assert [path.name for path in Path(again.data_dir).parent.iterdir()] == ["1.0.0"]
+    assert [path.name for path in Path(again.data_dir).parent.glob("[!.]*")] == ["1.0.0"]
 
 
 PROGRAM = """
@@ -302,7 +302,7 @@ def test_a_kill(tmp_path, prepared):
     assert "WARNING" not in second.stderr
     builder = make(tmp_path)
     assert contents(builder) == contents(prepared)
-    assert [path.name for path in Path(builder.data_dir).parent.iterdir()] == ["1.0.0"]
+    assert [path.name for path in Path(builder.data_dir).parent.glob("[!.]*")] == ["1.0.0"]
 
 
 def test_another_detector_does_not_reuse_parts(tmp_path):
