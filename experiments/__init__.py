@@ -16,9 +16,9 @@ from diffpose_jax.io.extras import MissingExtraError
 from diffpose_jax.io.files import FileError
 from diffpose_jax.io.locks import LockedError
 from diffpose_jax.io.pictures import PictureError
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.prediction.predict import PredictionError
 from diffpose_jax.training import runs
-from diffpose_jax.training.checkpoints import CheckpointError
 from diffpose_jax.training.step import NonFiniteLossError
 
 _USERS_ERRORS = (

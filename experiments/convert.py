@@ -27,9 +27,9 @@ from diffpose_jax import detectors
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import network as model
 from diffpose_jax.training import checkpoints
-from diffpose_jax.training.checkpoints import CheckpointError
 
 TORCH = flags.DEFINE_string("torch", None, "PyTorch file to read.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")

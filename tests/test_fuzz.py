@@ -52,7 +52,7 @@ from diffpose_jax.detectors import tensorflow_js
 from diffpose_jax.evaluation import aggregation
 from diffpose_jax.evaluation import baselines as controls
 from diffpose_jax.interop import torch_weights
-from diffpose_jax.io import pictures, scalars
+from diffpose_jax.io import pictures, scalars, trees
 from diffpose_jax.method import network as model
 from diffpose_jax.prediction.predict import predict as prediction
 from diffpose_jax.training import checkpoints, runs
@@ -447,12 +447,12 @@ def checkpoint_arrays():
     """Without what a model adds: a case in a tenth of the time."""
     tree = {"a": np.arange(60, dtype=np.float32).reshape(3, 20), "b": {"c": np.ones(3, np.int32)}}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints.save_tree(Path(folder, "export"), tree)
+        trees.save_tree(Path(folder, "export"), tree)
         files = contents(Path(folder))
     return Target(
         files,
         mutations_of_folder(files),
-        lambda path: checkpoints.load_tree(
+        lambda path: trees.load_tree(
             next(parent for parent in path.parents if parent.name == "export"), tree
         ),
     )
@@ -470,7 +470,7 @@ def checkpoint_config():
     params = small_model().params
 
     def load(path):
-        checkpoints._read_trees = lambda *_: {"params": params}  # the metadata alone is read
+        trees.read_trees = lambda *_: {"params": params}  # the metadata alone is read
         return load_export(path)
 
     return Target(files, {name: json_object}, load)

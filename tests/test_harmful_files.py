@@ -20,7 +20,6 @@ import numpy as np
 import programs
 import pytest
 import scipy.io
-import tensorstore
 from absl import app
 from PIL import Image
 from test_mpi_inf_3dhp import arrays, write_mat
@@ -38,10 +37,10 @@ from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io import arrays as numpy_files
 from diffpose_jax.io import files, pictures, scalars
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import network as model
 from diffpose_jax.prediction.predict import predict as prediction
 from diffpose_jax.training import checkpoints
-from diffpose_jax.training.checkpoints import CheckpointError
 
 torch = pytest.importorskip("torch")
 
@@ -470,31 +469,6 @@ def test_pictures_that_unpack_to_much_more(tmp_path, little_memory):
         )
         with contextlib.suppress(pictures.PictureError):  # either will do
             assert pictures.read(tmp_path / "a.png").shape == (20, 20, 3)
-
-
-@pytest.mark.parametrize(
-    ("shape", "chunk", "problem"),
-    [
-        (10**9, 10**6, r"tree do not fit: a has shape \(1000000000,\), not \(3,\)"),
-        (3, 10**9, "tree is damaged: a has chunks larger than itself"),
-    ],
-)
-def test_checkpoints_of_large_arrays(tmp_path, little_memory, shape, chunk, problem):
-    """Of zeros, which take no place."""
-    tree = {"a": np.zeros(3, np.float32)}
-    checkpoints.save_tree(tmp_path / "tree", tree)
-    base = {"driver": "file", "path": f"{tmp_path}/tree/"}
-    tensorstore.open(
-        {
-            "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": base, "path": "a/"},
-            "metadata": {"shape": [shape], "chunks": [chunk], "dtype": "<f4"},
-        },
-        create=True,
-        delete_existing=True,
-    ).result()
-    with pytest.raises(CheckpointError, match=problem):
-        checkpoints.load_tree(tmp_path / "tree", tree)
 
 
 def test_files_that_are_named_many_times(tmp_path):

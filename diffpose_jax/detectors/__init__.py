@@ -21,10 +21,9 @@ from flax import traverse_util
 from jax import Array
 
 from diffpose_jax.detectors import efficientpose, hrnet
-from diffpose_jax.io import files
+from diffpose_jax.io import files, trees
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
-from diffpose_jax.training import checkpoints
-from diffpose_jax.training.checkpoints import CheckpointError
 
 FORMAT = "diffpose_jax detector 1"
 
@@ -123,7 +122,7 @@ def save(folder: str | Path, network: str, params: Mapping[str, Any]) -> None:
         raise ValueError(f"the network must be one of {', '.join(_NETWORKS)}, not {network!r}")
     if folder.exists():
         raise CheckpointError(f"{folder} is there already: choose another or remove it")
-    checkpoints.save_tree(folder / _WEIGHTS, dict(params))
+    trees.save_tree(folder / _WEIGHTS, dict(params))
     # Last: where this file is, the weights are whole.
     files.write_json(folder / _METADATA, {"format": FORMAT, "network": network})
 
@@ -150,7 +149,7 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
     network = module(dtype=jnp.dtype(dtype))
     crops = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
     expected = jax.eval_shape(network.init, jax.random.key(0), crops)["params"]
-    params = checkpoints.load_tree(folder / _WEIGHTS, expected)
+    params = trees.load_tree(folder / _WEIGHTS, expected)
     fingerprint = f"{name}-{_hash(params, f'{input_px} {dtype}')}"
     return Detector(network, preprocess, jax.device_put(params), input_px, fingerprint)
 

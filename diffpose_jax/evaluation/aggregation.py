@@ -20,9 +20,9 @@ from flax import struct
 
 from diffpose_jax.evaluation.metrics import joint_errors
 from diffpose_jax.io.files import read_json, write_json
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import heatmaps as heatmaps_lib
 from diffpose_jax.skeleton import HEATMAP_SIZE, MPII_TO_H36M, NUM_HEATMAPS, NUM_JOINTS
-from diffpose_jax.training.checkpoints import CheckpointError
 
 KERNEL_VARIANCE = 0.1
 """Squared bandwidth of `mode` over the mean squared distance between two hypotheses."""

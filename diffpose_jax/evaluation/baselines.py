@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from diffpose_jax.io import arrays as numpy_files
 from diffpose_jax.io.files import write_atomic
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import NUM_HEATMAPS, NUM_JOINTS
-from diffpose_jax.training.checkpoints import CheckpointError
 
 _STEPS_PER_DISPATCH = 100
 _FITTED_ON = "fitted_on"

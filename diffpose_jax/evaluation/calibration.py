@@ -24,8 +24,8 @@ from diffpose_jax import config
 from diffpose_jax.evaluation import aggregation
 from diffpose_jax.evaluation.metrics import joint_errors
 from diffpose_jax.io.files import read_json, write_json
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import NUM_JOINTS
-from diffpose_jax.training.checkpoints import CheckpointError
 
 RADIUS_FLOOR_MM = 1.0
 """Smaller radii count as this in a calibration: no hypotheses agree as well as that."""

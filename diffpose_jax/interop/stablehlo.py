@@ -33,10 +33,10 @@ from jax import export as jax_export
 
 from diffpose_jax.config import ConfigError
 from diffpose_jax.io import extras, files
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import diffusion
 from diffpose_jax.method.network import Model
 from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, MPII_JOINTS, NUM_HEATMAPS
-from diffpose_jax.training.checkpoints import CheckpointError
 
 FORMAT = "diffpose_jax sampler 1"
 

@@ -26,7 +26,7 @@ from diffpose_jax.evaluation import baselines as controls
 from diffpose_jax.evaluation import evaluate as evaluation
 from diffpose_jax.evaluation.aggregation import Calibration
 from diffpose_jax.evaluation.baselines import Controls
-from diffpose_jax.io import files, scalars
+from diffpose_jax.io import files, scalars, trees
 from diffpose_jax.method import diffusion
 from diffpose_jax.method.network import Model
 from diffpose_jax.report import figures as plotting
@@ -184,7 +184,7 @@ def _calibration(
 ) -> Calibration:
     """The calibration, likewise; an uncalibrated one if no recordings were held out for it."""
     fitted_on = fitted_on | {
-        "parameters": checkpoints.check_sum(model.params),
+        "parameters": trees.check_sum(model.params),
         "num_hypotheses": settings.num_hypotheses,
         "level": settings.radius_level,
         "solver": model.solver,

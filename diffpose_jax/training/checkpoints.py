@@ -4,21 +4,12 @@ Both have one layout, so that one reader does: a folder with the items `params`,
 (the configuration and what it takes to recognise the file) and, in a run, `ema` and
 `optimizer`. A run keeps such folders as `checkpoints/<step>`.
 
-What Orbax does and does not see to: it writes to a temporary name and renames, so that a process
-that is killed leaves no half-written folder under a step's name. Its array store (OCDBT) has
-CRC-32C sums of its index, not of the arrays' bytes, and none of its JSON files: a flipped bit of a
-weight comes back as another weight. Hence the sums in `metadata`, of each array and of the metadata
-itself, that are checked whenever something is read.
-
-Nor is the size of an array bounded by the files': a few bytes can say that it is zero all over. So
-shapes and chunks are compared with what is expected before anything is read.
+`metadata` also holds check sums of each array and of itself, which are compared whenever something
+is read (`io.trees` says why).
 """
 
 from __future__ import annotations
 
-import json
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +17,13 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from diffpose_jax import config as config_lib
 from diffpose_jax import distributed as devices
+from diffpose_jax.io import trees
+from diffpose_jax.io.trees import CheckpointError, DamagedError
 from diffpose_jax.method import network as model_lib
 from diffpose_jax.skeleton import H36M_JOINTS
 from diffpose_jax.training import step as training
@@ -42,14 +34,6 @@ _PARAMS, _EMA, _OPTIMIZER, _METADATA = "params", "ema", "optimizer", "metadata"
 _LONG = 200  # characters
 _OWN_SUM, _POSE_UNIT = "metadata_crc32", "mm"
 _ITEM_OF_WEIGHTS = {"raw": _PARAMS, "ema": _EMA}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, foreign or does not fit; the message names the folder."""
-
-
-class DamagedError(CheckpointError):
-    """A file of a checkpoint cannot be read, or its content is not what was written."""
 
 
 class RunCheckpoints:
@@ -74,7 +58,7 @@ class RunCheckpoints:
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
                 create=False,  # it cannot, alone
-                multiprocessing_options=_alone(),
+                multiprocessing_options=trees.alone(),
             ),
         )
 
@@ -108,14 +92,14 @@ class RunCheckpoints:
         if not self._manager or step in self._manager.all_steps():
             return
         state = jax.device_get(state)
-        trees = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
+        arrays = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
         if state.ema is not None:
-            trees[_EMA] = state.ema
+            arrays[_EMA] = state.ema
         for item in (_PARAMS, _EMA):
-            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees.get(item))):
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays.get(item))):
                 raise training.NonFiniteLossError(step, f"update of the {item}", float("nan"))
-        metadata = _metadata(self._config, self._data_fingerprint, trees)
-        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        metadata = _metadata(self._config, self._data_fingerprint, arrays)
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
         items[_METADATA] = ocp.args.JsonSave(metadata)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -188,8 +172,8 @@ class RunCheckpoints:
         expected = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
         if state.ema is not None:
             expected[_EMA] = state.ema
-        restored = _read_trees(folder, expected)
-        _check_sums(folder, restored, saved)
+        restored = trees.read_trees(folder, expected)
+        trees.check_sums(folder, restored, saved.get("crc32", {}))
         return training.TrainState(
             step=restored[_OPTIMIZER]["step"],
             params=restored[_PARAMS],
@@ -211,12 +195,6 @@ class RunCheckpoints:
                 " it was, or choose another --workdir"
             )
         self._data_fingerprint = data_fingerprint
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For Orbax not to wait for other processes, which do not save, or read for themselves."""
-    process = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
 def _unused(path: Path) -> Path:
@@ -256,8 +234,8 @@ def load(checkpoint: str | Path, weights: str | None = None) -> model_lib.Model:
     if not (folder / item).is_dir():
         raise CheckpointError(f"{folder} holds no {weights} weights")
     expected = jax.eval_shape(network.init, jax.random.key(0))
-    params = _read_trees(folder, {item: expected})[item]
-    _check_sums(folder, {item: params}, metadata)
+    params = trees.read_trees(folder, {item: expected})[item]
+    trees.check_sums(folder, {item: params}, metadata.get("crc32", {}))
     return model_lib.Model(
         network=network,
         params=jax.device_put(params),
@@ -285,28 +263,8 @@ def export(model: model_lib.Model, directory: str | Path) -> None:
         checkpointer.save(directory, args=ocp.args.Composite(**items))
 
 
-def save_tree(directory: str | Path, tree: dict[str, Any]) -> None:
-    """Writes a nested dictionary of arrays, in place of what was there."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(tree), force=True)
-
-
-def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Reads what `save_tree` wrote.
-
-    Args:
-      directory: where to.
-      expected: a tree of the same structure and shapes, of arrays or `jax.ShapeDtypeStruct`.
-
-    Raises:
-      CheckpointError: if it cannot be read, or its arrays have other names or shapes.
-    """
-    directory = Path(directory)
-    return _read_trees(directory.parent, {directory.name: expected})[directory.name]
-
-
 def _metadata(
-    config: ml_collections.ConfigDict, data_fingerprint: str, trees: dict[str, Any]
+    config: ml_collections.ConfigDict, data_fingerprint: str, arrays: dict[str, Any]
 ) -> dict[str, Any]:
     metadata = {
         "format": FORMAT,
@@ -315,46 +273,16 @@ def _metadata(
         "pose_scale": config.model.pose_scale,
         "data_fingerprint": data_fingerprint,
         "config": config.to_dict(),
-        "crc32": {item: _sums(tree) for item, tree in trees.items()},
+        "crc32": {item: trees.array_sums(tree) for item, tree in arrays.items()},
     }
-    return metadata | {_OWN_SUM: _json_sum(metadata)}
-
-
-def _sums(tree: Any) -> dict[str, int]:
-    """CRC-32 of the bytes of each array."""
-
-    def of_array(leaf: Any) -> int:
-        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): of_array(leaf) for path, leaf in leaves}
-
-
-def check_sum(tree: Any) -> int:
-    """CRC-32 of all arrays of a tree and of their names."""
-    return _json_sum(_sums(tree))
-
-
-def _json_sum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _check_sums(folder: Path, trees: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Checks restored items; those of earlier versions have no sums."""
-    for item, expected in metadata.get("crc32", {}).items():
-        if item in trees and (found := _sums(trees[item])) != expected:
-            wrong = [name for name in found | expected if found.get(name) != expected.get(name)]
-            raise DamagedError(
-                f"{folder}: {item} is damaged: {wrong[0]} is not what was written ({len(wrong)} of"
-                f" {len(expected)} arrays have another check sum)"
-            )
+    return metadata | {_OWN_SUM: trees.json_sum(metadata)}
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    metadata = _read(folder, {_METADATA: ocp.args.JsonRestore()})[_METADATA]
+    metadata = trees.restore(folder, {_METADATA: ocp.args.JsonRestore()})[_METADATA]
     found = metadata.get("format") if isinstance(metadata, dict) else None
     own_sum = metadata.pop(_OWN_SUM, None) if found is not None else None
-    is_whole = own_sum in (None, _json_sum(metadata))
+    is_whole = own_sum in (None, trees.json_sum(metadata))
     kind = CheckpointError if is_whole else DamagedError
     if found != FORMAT:
         raise kind(f"{folder} is not a '{FORMAT}', its format is {str(found)[:100]!r}")
@@ -394,74 +322,6 @@ def find(path: Path) -> Path:
     raise CheckpointError(
         f"{path} {what}; name a training run's folder (runs/NAME) or an exported checkpoint"
     )
-
-
-def _read_trees(folder: Path, expected: dict[str, Any]) -> Any:
-    """Reads items whose arrays have the names and shapes of those in the given trees."""
-    for item, tree in expected.items():
-        _check_stored(folder, item, tree)
-    # Not `StandardRestore`: it asks TensorStore (0.1.86) to describe each array by `to_json`, whose
-    # strings are never freed.
-    items = {
-        item: ocp.args.PyTreeRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
-        for item, tree in expected.items()
-    }
-    return _read(folder, items)
-
-
-def _check_stored(folder: Path, item: str, expected: Any) -> None:
-    """Checks the arrays of an item without reading them, see `_read_trees`."""
-    leaves = jax.tree_util.tree_leaves_with_path(expected)
-    wanted = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf)
-        for path, leaf in leaves
-    }
-    base = {"driver": "file", "path": f"{(folder / item).absolute()}/"}
-    try:
-        context = ts.Context()
-        store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
-        drivers = {
-            key.removesuffix(file): driver
-            for key in map(bytes.decode, store.list().result())
-            for file, driver in (("/.zarray", "zarr"), ("/zarr.json", "zarr3"))
-            if key.endswith(file)
-        }
-        opening = {
-            name: ts.open({"driver": driver}, kvstore=store / f"{name}/", context=context)
-            for name, driver in drivers.items()
-        }
-        arrays = {name: future.result() for name, future in opening.items()}
-    except Exception as error:  # as in `_read`
-        raise _unreadable(folder, item, error) from error
-    if not arrays:
-        raise DamagedError(f"{folder}: cannot read {item}: it is empty or not there")
-    found = {name: array.shape for name, array in arrays.items()}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise DamagedError(
-                f"{folder}: {item} do not fit: {name}"
-                f" {f'has shape {found[name]}' if name in found else 'is missing'},"
-                f" {f'not {wanted[name]}' if name in wanted else 'but there is no such array'}"
-            )
-        chunk = arrays[name].chunk_layout.read_chunk.shape or ()
-        if math.prod(length or 1 for length in chunk) > max(1, math.prod(found[name])):
-            raise DamagedError(f"{folder}: {item} is damaged: {name} has chunks larger than itself")
-
-
-def _read(folder: Path, items: dict[str, Any]) -> Any:
-    try:
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=_alone())
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**items))
-    except Exception as error:  # for a damaged array Orbax raises a bare one
-        raise _unreadable(folder, ", ".join(items), error) from error
-
-
-def _unreadable(folder: Path, what: str, error: Exception) -> DamagedError:
-    reason = str(error).partition("\n")[0]
-    return DamagedError(f"{folder}: cannot read {what}: {reason}")
 
 
 def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: Path) -> None:

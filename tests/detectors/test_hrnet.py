@@ -14,7 +14,7 @@ from seeded_weights import seeded_weights
 
 from diffpose_jax import detectors
 from diffpose_jax.detectors import hrnet
-from diffpose_jax.training import checkpoints
+from diffpose_jax.io.trees import CheckpointError
 
 SPEC = GOLDEN / "hrnet_w32_state_dict.json"
 
@@ -181,7 +181,7 @@ def test_crops_that_it_does_not_read(detector, crops, problem):
 
 
 def test_saving_overwrites_nothing(folder, params):
-    with pytest.raises(checkpoints.CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="there already"):
         detectors.save(folder, "hrnet_w32", params)
 
 

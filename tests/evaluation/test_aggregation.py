@@ -13,8 +13,8 @@ from scipy.stats import binom
 from diffpose_jax.data import simulator
 from diffpose_jax.evaluation import aggregation
 from diffpose_jax.evaluation.aggregation import METHODS, fit_calibration, radius, uncalibrated
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import H36M_MIRROR, MPII_MIRROR, MPII_TO_H36M
-from diffpose_jax.training.checkpoints import CheckpointError
 
 TRUTH = np.load(GOLDEN / "metrics_case.npz")["gt_mm"]
 B = 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffpose_jax.evaluation import baselines as controls
-from diffpose_jax.training.checkpoints import CheckpointError
+from diffpose_jax.io.trees import CheckpointError
 
 FIT = {"steps": 400, "batch_size": 64, "width": 128, "learning_rate": 3e-3}
 

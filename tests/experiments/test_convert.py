@@ -22,9 +22,9 @@ from diffpose_jax import detectors
 from diffpose_jax.detectors import hrnet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import heatmaps, sampling
 from diffpose_jax.training import checkpoints
-from diffpose_jax.training.checkpoints import CheckpointError
 
 torch = pytest.importorskip("torch")
 convert = programs.load("convert").convert

@@ -20,9 +20,9 @@ from small import random_heatmaps, small_model, small_network
 from diffpose_jax.config import ConfigError
 from diffpose_jax.interop import stablehlo
 from diffpose_jax.io import extras, files
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
 from diffpose_jax.training import checkpoints
-from diffpose_jax.training.checkpoints import CheckpointError
 
 NUM_HYPOTHESES = 30
 BATCHES = (1, 3, 70)

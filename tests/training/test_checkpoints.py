@@ -17,9 +17,9 @@ from small import examples, model_of, network, small_config
 
 import diffpose_jax
 import experiments
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.training import checkpoints
 from diffpose_jax.training import step as training
-from diffpose_jax.training.checkpoints import CheckpointError
 
 KEY = jax.random.key(0)
 
@@ -494,19 +494,3 @@ def test_shape_mismatch_is_named(run_folder):
     )
     with pytest.raises(CheckpointError, match=r"denoiser.blocks_1_0.bias is missing, not \(16,\)"):
         checkpoints.load(run_folder)
-
-
-def test_a_tree(tmp_path):
-    tree = {"a": {"b": np.arange(3, dtype=np.float32)}}
-    checkpoints.save_tree(tmp_path / "tree", tree)
-    assert_same_bits(checkpoints.load_tree(tmp_path / "tree", tree), tree)
-    # In place of what was there.
-    other = {"c": np.ones(3)}
-    checkpoints.save_tree(tmp_path / "tree", other)
-    assert_same_bits(checkpoints.load_tree(tmp_path / "tree", other), other)
-    with pytest.raises(CheckpointError, match=r"tree do not fit: a\.b is missing, not \(3,\)"):
-        checkpoints.load_tree(tmp_path / "tree", tree)
-    with pytest.raises(CheckpointError, match=r"tree do not fit: c has shape \(3,\), but there is"):
-        checkpoints.load_tree(tmp_path / "tree", {})
-    with pytest.raises(CheckpointError, match="cannot read nothing: it is empty or not there"):
-        checkpoints.load_tree(tmp_path / "nothing", tree)

@@ -17,6 +17,7 @@ from small import examples, network, small_config, write_motion
 from diffpose_jax.config import ConfigError
 from diffpose_jax.data import pipeline
 from diffpose_jax.io import scalars
+from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import network as model
 from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.training import checkpoints, runs
@@ -188,7 +189,7 @@ def test_other_data_is_refused(begun, source, data_dir, monkeypatch):
         return pipeline.Examples(**{**vars(found), "fingerprint": "other"})
 
     monkeypatch.setattr(pipeline, "load", load_other)
-    with pytest.raises(checkpoints.CheckpointError, match="it is other now"):
+    with pytest.raises(CheckpointError, match="it is other now"):
         train(source, data_dir, begun)
 
 

@@ -1,0 +1,158 @@
+"""Nested dictionaries of arrays on disk, with Orbax, and what their files are checked for.
+
+Orbax writes to a temporary name and renames: no half-written folder has the name of a whole one.
+But it has no check sums of the arrays' bytes, so that a flipped bit of a weight comes back as
+another weight: `array_sums` are for the caller to store and to compare. And a few bytes can stand
+for a large array of zeros, so that names, shapes and chunks are compared before anything is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, foreign or does not fit; the message names the folder."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint cannot be read, or its content is not what was written."""
+
+
+def save_tree(directory: str | Path, tree: dict[str, Any]) -> None:
+    """Writes a nested dictionary of arrays, in place of what was there."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(tree), force=True)
+
+
+def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Reads what `save_tree` wrote.
+
+    Args:
+      directory: its folder.
+      expected: a tree of the same structure and shapes, of arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+      DamagedError: if it cannot be read, or its arrays have other names or shapes.
+    """
+    directory = Path(directory)
+    return read_trees(directory.parent, {directory.name: expected})[directory.name]
+
+
+def read_trees(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Reads items of a checkpoint whose arrays have the names and shapes of those expected.
+
+    Raises:
+      DamagedError: as `load_tree`.
+    """
+    for item, tree in expected.items():
+        _check_stored(folder, item, tree)
+    # Not `StandardRestore`: it asks TensorStore (0.1.86) to describe each array by `to_json`, whose
+    # strings are never freed.
+    items = {
+        item: ocp.args.PyTreeRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+        for item, tree in expected.items()
+    }
+    return restore(folder, items)
+
+
+def restore(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
+    """Reads items of a checkpoint by their Orbax arguments, in this process alone.
+
+    Raises:
+      DamagedError: if one cannot be read.
+    """
+    try:
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone())
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone()) as checkpointer:
+            return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**items))
+    except Exception as error:  # for a damaged array Orbax raises a bare one
+        raise _unreadable(folder, ", ".join(items), error) from error
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """For Orbax not to wait for other processes, which do not save, or read for themselves."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
+def array_sums(tree: Any) -> dict[str, int]:
+    """CRC-32 of the bytes of each array, by its path in the tree."""
+
+    def of_array(leaf: Any) -> int:
+        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): of_array(leaf) for path, leaf in leaves}
+
+
+def check_sum(tree: Any) -> int:
+    """CRC-32 of all arrays of a tree and of their names."""
+    return json_sum(array_sums(tree))
+
+
+def json_sum(content: dict[str, Any]) -> int:
+    """CRC-32 of a dictionary as JSON."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def check_sums(folder: Path, trees: dict[str, Any], written: dict[str, dict[str, int]]) -> None:
+    """Compares items that were read with the `array_sums` of what was written, if there are any.
+
+    Raises:
+      DamagedError: if they differ.
+    """
+    for item, tree in trees.items():
+        expected = written.get(item, {})
+        found = array_sums(tree) if expected else {}
+        wrong = [name for name in found | expected if found.get(name) != expected.get(name)]
+        if wrong:
+            raise DamagedError(
+                f"{folder}: {item} is damaged: {wrong[0]} is not what was written ({len(wrong)} of"
+                f" {len(expected)} arrays have another check sum)"
+            )
+
+
+def _check_stored(folder: Path, item: str, expected: Any) -> None:
+    """Compares names, shapes and chunks of an item's arrays without reading them."""
+    try:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            stored = handler.metadata((folder / item).absolute()).tree
+    except Exception as error:  # as in `restore`
+        raise _unreadable(folder, item, error) from error
+    found, wanted = _named(stored, lambda array: array), _named(expected, np.shape)
+    for name in sorted(found.keys() | wanted.keys()):
+        shape = found[name].shape if name in found else None
+        if shape != wanted.get(name):
+            raise DamagedError(
+                f"{folder}: {item} do not fit: {name}"
+                f" {'is missing' if shape is None else f'has shape {shape}'},"
+                f" {f'not {wanted[name]}' if name in wanted else 'but there is no such array'}"
+            )
+        storage = found[name].storage
+        if storage and math.prod(storage.chunk_shape) > max(1, math.prod(shape)):
+            raise DamagedError(f"{folder}: {item} is damaged: {name} has chunks larger than itself")
+
+
+def _named(tree: Any, value: Callable[[Any], Any]) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): value(leaf) for path, leaf in leaves
+    }
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> DamagedError:
+    reason = str(error).partition("\n")[0]
+    return DamagedError(f"{folder}: cannot read {what}: {reason}")
