@@ -89,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation = config.evaluation = ml_collections.ConfigDict()
     evaluation.num_hypotheses = 200  # M
     # Of the reverse process: "ddpm" is the paper's, with all steps; "ddpm:8", "ddim:8" and
-    # "dpm++:8" take fewer, see `diffusion.reverse_steps`.
+    # "dpm++:8" take fewer, see `sampling.parse_solver`.
     evaluation.solver = "ddpm"
     evaluation.weights = "raw"  # or "ema"
     evaluation.batch_size = 64  # images at a time, on each device
@@ -103,8 +103,8 @@ def get_config() -> ml_collections.ConfigDict:
     # The single pose made from the hypotheses, see `aggregation.METHODS`.
     evaluation.pose = "heatmap_agreement"
     evaluation.radius_level = 0.9  # how often a joint shall lie within its radius around that pose
-    evaluation.controls = True  # whether the controls are fitted and measured beside the model
-    # The controls: the residual network of Martinez et al. on the argmax joints.
+    evaluation.baselines = True  # whether the baselines are fitted and measured beside the model
+    # The baselines: the residual network of Martinez et al. on the argmax joints.
     evaluation.regression_width = 1024
     evaluation.regression_steps = 100_000
     evaluation.regression_batch_size = 64

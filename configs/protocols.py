@@ -32,7 +32,7 @@ def _mpi_inf_3dhp() -> ml_collections.ConfigDict:
     config = h36m.get_config()
     config.data.name = "mpi_inf_3dhp"
     config.data.prepared = ml_collections.ConfigDict({"annotation": "univ_annot3"})
-    config.evaluation.controls = False  # they would need the model's training data
+    config.evaluation.baselines = False  # they would need the model's training data
     config.evaluation.group_by = ("scene", "subject")
     config.evaluation.group_metrics = ("pck150_best", "pck150_scaled_best", "mpjpe_best")
     return config

@@ -5,8 +5,7 @@ poses_mm = model.sample(jax.random.key(0), heatmaps)  # (B, 16, 64, 64) -> (B, 2
 """
 
 from diffpose_jax._version import __version__
-from diffpose_jax.method.network import Model
+from diffpose_jax.inference import Draw, Model, export, load
 from diffpose_jax.io.trees import CheckpointError
-from diffpose_jax.training.checkpoints import load
 
-__all__ = ["CheckpointError", "Model", "__version__", "load"]
+__all__ = ["CheckpointError", "Draw", "Model", "__version__", "export", "load"]

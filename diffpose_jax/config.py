@@ -1,8 +1,7 @@
 """Configurations: the ConfigDict that users edit becomes frozen dataclasses here, checked once.
 
-Files in `configs/`, `--config.FIELD=VALUE` and checkpoints hold plain fields. `parse` turns them into
-the dataclasses below, whose fields are documented in `configs/h36m.py`. Nothing behind it checks them
-again.
+Files in `configs/`, `--config.FIELD=VALUE` and checkpoints hold plain fields. `parse` turns them
+into the dataclasses below, whose fields `configs/h36m.py` documents. No other code checks them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Devices of one or several processes: how processes find each other, share work and agree.
+"""Devices of one or several processes: how processes connect, share work and agree.
 
 Every process runs the same program on its own devices, with its own part of each batch, and the
 first one alone writes files: they share a file system. What one process needs of another goes
@@ -8,19 +8,21 @@ through the functions here, which all of them must call in the same order.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import itertools
 import os
-import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree, Shaped
 
 from diffpose_jax.config import ConfigError
 
@@ -51,8 +53,8 @@ def connected(
 ) -> Iterator[None]:
     """Makes this process one of several, before any other use of JAX; without arguments, of one.
 
-    When a process dies or fails, the others end within a minute, with a message. At the end of
-    the context each waits for the others.
+    When a process dies or fails, JAX ends the others within a minute. At the end of the context
+    each waits for the others.
 
     Args:
       coordinator: "HOST:PORT" of the first process, by which the others find it.
@@ -74,11 +76,7 @@ def connected(
         yield
         return
     _check(given, detect)
-    _speak_when_aborted(
-        f"the processes did not find each other within {_FIND_S} s: start all of them, with the"
-        " same --coordinator and --num_processes, and each with a --process_id of its own"
-    )
-    # Its own handler of SIGTERM would keep that from stopping the program.
+    # JAX's own handler of SIGTERM would keep the signal from stopping the program.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -100,22 +98,18 @@ def connected(
             f"all processes must have as many devices: {me} has {jax.local_device_count()} of"
             f" {jax.device_count()}"
         )
-    lost = (
-        f"{me} ends because another one has ended; that one's output says why. The last checkpoint"
-        " is kept: the same command, with any number of processes, goes on from there"
-    )
-    _speak_when_aborted(lost)
     if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         _meet()
         yield
-        wait_for_all("the end")
+        barrier("the end")
     except jax.errors.JaxRuntimeError as error:
-        raise ProcessError(f"{str(error).partition(chr(10))[0]}. Perhaps {lost}") from error
-    except BaseException:
-        _speak_when_aborted(f"{me} ended, as said above, and takes the others with it")
-        raise
+        raise ProcessError(
+            f"{str(error).partition(chr(10))[0]}. Perhaps another process than {me} has ended; its"
+            " output says why. The last checkpoint is kept: the same command, with any number of"
+            " processes, goes on from there"
+        ) from error
 
 
 def _check(given: dict[str, Any], detect: bool) -> None:
@@ -142,28 +136,9 @@ def _meet() -> None:
     On CPUs, JAX gives up if the first time comes more than 30 s later in one process than in
     another; later on a process may take its time, to compile or to write.
     """
-    wait_for_all("the start")
+    barrier("the start")
     jax.pmap(lambda x: jax.lax.psum(x, "all"), "all")(np.zeros(jax.local_device_count()))
-    largest(0)
-
-
-_last_words = b""
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _speak(_: int) -> None:
-    os.write(2, _last_words)
-
-
-def _speak_when_aborted(message: str) -> None:
-    """Says why JAX aborts the process when it loses another one.
-
-    It does so from a thread of its own, while the interpreter waits for a device: no exception
-    is raised and no handler of Python's would run, so that this one is the C library's.
-    """
-    global _last_words
-    _last_words = f"\nerror: {message}\n".encode()
-    ctypes.CDLL(None).signal(signal.SIGABRT, _speak)
+    max_over_processes(0)
 
 
 def is_first() -> bool:
@@ -171,58 +146,50 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-_waits = itertools.count()
+_barriers = itertools.count()
 
 
-def wait_for_all(what: str) -> None:
-    """Waits until all processes have come here, however long one of them takes.
-
-    Args:
-      what: a name, for messages.
-    """
+def barrier(name: str) -> None:
+    """Waits until all processes have come here, however long one of them takes."""
     if jax.process_count() > 1:
         wait = ocp.multihost.get_barrier_sync_fn()
-        wait(key=f"{what} ({next(_waits)})", timeout_ms=_A_WEEK_MS)
+        wait(key=f"{name} ({next(_barriers)})", timeout_ms=_A_WEEK_MS)
 
 
 @contextlib.contextmanager
-def first_process_first(what: str) -> Iterator[None]:
-    """Lets the first process through before the others, who find the files that it wrote.
-
-    Args:
-      what: a name, for messages.
-    """
+def first_process_first(name: str) -> Iterator[None]:
+    """Lets the first process through before the others, who find the files that it wrote."""
     if not is_first():
-        wait_for_all(what)
+        barrier(name)
     yield
     if is_first():
-        wait_for_all(what)
+        barrier(name)
 
 
 @contextlib.contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
-    """The folder that a process writes to: for all but the first one that goes away again."""
+    """The folder that a process writes to: for all but the first one a temporary one."""
     if is_first():
         yield folder
     else:
-        with tempfile.TemporaryDirectory() as unseen:
-            yield Path(unseen)
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
 
 
-def images_of_process(size: int, what: str) -> slice:
+def images_of_process(size: int, name: str) -> slice:
     """Which of the images of a batch go to the devices of this process.
 
     Args:
       size: images of the whole batch, B. Image i lies on device i // (B / D) of all D, and a
         process has those that follow each other, in `pmap`'s order.
-      what: name of the size, for the message.
+      name: what the size is called in the message.
 
     Raises:
       ConfigError: if the devices do not divide the batch.
     """
     if size % jax.device_count():
         raise ConfigError(
-            f"{what} = {size} cannot be split over {jax.device_count()} devices, of"
+            f"{name} = {size} cannot be split over {jax.device_count()} devices, of"
             f" {jax.process_count()} processes"
         )
     share = size // jax.process_count()
@@ -234,7 +201,7 @@ def replicate(tree: _T, devices: Sequence[jax.Device] | None = None) -> _T:
 
     Args:
       tree: a pytree of arrays, the same in all processes.
-      devices: the devices, all by default.
+      devices: the devices, all of all processes by default.
     """
     put = jax.pmap(_second, axis_name=AXIS, in_axes=(0, None), out_axes=None, devices=devices)
     return put(np.zeros(len(devices or jax.local_devices())), tree)
@@ -246,15 +213,80 @@ def _second(_: Any, tree: _T) -> _T:
     return tree
 
 
-def largest(number: int) -> int:
+def spread(
+    function: Callable[..., PyTree[Array]],
+    static: tuple[Any, ...],
+    shared: tuple[Any, ...],
+    batch: PyTree[Shaped[np.ndarray, "B ..."]],
+    *,
+    most: int,
+    padded: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> PyTree[Shaped[Array, "B ..."]]:
+    """Computes a function of a batch of images on the devices of this process.
+
+    The batch is split evenly and padded to few shapes, so that few programs are compiled.
+
+    Args:
+      function: (*static, *shared, batch, num_images) -> pytree of arrays with a leading axis of
+        images: on one device, where the first `num_images` of the batch count and the rest, 0, is
+        padding. A function of a module: JAX never forgets one that it has pmapped.
+      static: hashable values.
+      shared: pytrees that are the same for all images; large ones should be replicated.
+      batch: pytree of arrays (B, ...) on the host.
+      most: the most images that a device takes at a time.
+      padded: images that a device's share is padded to; by default the next power of two.
+      devices: the devices, all local ones by default.
+    """
+    devices = tuple(devices or jax.local_devices())
+    at_a_time, size = most * len(devices), len(jax.tree.leaves(batch)[0])
+    parts = []
+    for start in range(0, size, at_a_time):
+        share = -(-min(size - start, at_a_time) // len(devices))
+        first = start + share * np.arange(len(devices))
+        counts = np.clip(min(size, start + at_a_time) - first, 0, share)
+        shape = (len(devices), padded or 1 << (share - 1).bit_length())
+        split = functools.partial(_split, first, counts, shape)
+        made = _pmapped(devices)(function, static, shared, jax.tree.map(split, batch), counts)
+        kept = np.flatnonzero(np.arange(shape[1])[None] < counts[:, None])
+        parts.append(jax.tree.map(lambda x, k=kept: x.reshape(-1, *x.shape[2:])[k], made))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def _split(
+    first: np.ndarray, counts: np.ndarray, shape: tuple[int, int], x: np.ndarray
+) -> np.ndarray:
+    """Parts of x (B, ...) that begin at `first` (D,) and have `counts` (D,) images, padded."""
+    out = np.zeros((*shape, *x.shape[1:]), x.dtype)
+    for device, (begin, count) in enumerate(zip(first, counts, strict=True)):
+        out[device, :count] = x[begin : begin + count]
+    return out
+
+
+@functools.cache
+def _pmapped(devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
+    return jax.pmap(
+        _call,
+        axis_name=AXIS,
+        in_axes=(None, None, None, 0, 0),
+        static_broadcasted_argnums=(0, 1),
+        devices=devices,
+    )
+
+
+def _call(function: Any, static: Any, shared: Any, batch: Any, num_images: Any) -> Any:
+    return function(*static, *shared, batch, num_images)
+
+
+def max_over_processes(number: int) -> int:
     """The largest of the numbers (of 31 bits) that the processes give."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def added(tree: _T) -> _T:
-    """The sum over the processes of each array of a pytree, float64."""
+def sum_over_processes(tree: _T) -> _T:
+    """The sum over the processes of each float64 array of a pytree."""
     if jax.process_count() == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
@@ -262,12 +294,11 @@ def added(tree: _T) -> _T:
     bits = np.concatenate([leaf.reshape(-1) for leaf in leaves]).view(np.uint32)
     total = multihost_utils.process_allgather(bits).view(np.float64).sum(axis=0)
     parts = np.split(total, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return jax.tree.unflatten(
-        structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
+    shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
 
 
-def from_first(tree: _T) -> _T:
+def broadcast_from_first(tree: _T) -> _T:
     """The first process's pytree, to the bit; the others give one of the same shapes and types."""
     if jax.process_count() == 1:
         return tree
@@ -276,10 +307,8 @@ def from_first(tree: _T) -> _T:
     sent = np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves])
     received = multihost_utils.broadcast_one_to_all(sent)
     parts = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
-    return jax.tree.unflatten(
-        structure,
-        [
-            part.copy().view(leaf.dtype).reshape(leaf.shape)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ],
-    )
+    shaped = [
+        part.copy().view(leaf.dtype).reshape(leaf.shape)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shaped)

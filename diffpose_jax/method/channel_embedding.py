@@ -1,26 +1,20 @@
-"""The channel embedding of a coordinate, Eq. 5 of the paper."""
+"""The channel embedding of a coordinate (Eq. 5)."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 
-def channel_embedding(x: Array, num_kernels: int = 64) -> Array:
-    """Encodes coordinates as the responses of overlapping cos^2 kernels.
+def channel_embedding(x: Float[Array, "*shape"], num_kernels: int = 64) -> Float[Array, "*shape K"]:
+    """Encodes coordinates in [-1, 1] as the responses of overlapping cos^2 kernels.
 
     Kernel k has its centre at `linspace(-1, 1, K)[k]` and the width h = 8 / K:
     b_k(d) = cos^2(pi d / h) for |d| < h / 2 and 0 beyond, d being the distance to the
-    centre. A coordinate excites about four kernels, so a sum of embeddings keeps apart
-    what an average of coordinates would blur.
-
-    Args:
-      x: (...), coordinates, useful within [-1, 1].
-      num_kernels: K, the number of channels.
-
-    Returns:
-      (..., K), in [0, 1].
+    centre. About four kernels respond to a coordinate, so that a sum of embeddings keeps
+    apart what an average of coordinates would mix.
     """
     width = 8.0 / num_kernels
     centres = jnp.asarray(kernel_centres(num_kernels), x.dtype)
@@ -30,8 +24,8 @@ def channel_embedding(x: Array, num_kernels: int = 64) -> Array:
     )
 
 
-def kernel_centres(num_kernels: int) -> np.ndarray:
-    """Linspace(-1, 1, K) as the published program's framework rounds it, (K,) float32.
+def kernel_centres(num_kernels: int) -> Float[np.ndarray, " K"]:
+    """Linspace(-1, 1, K) as the published program's framework rounds it, float32.
 
     It multiplies the float32 step from both ends. Against numpy's linspace a centre moves by up
     to 1e-7, which the steep kernels turn into 1e-6.

@@ -6,6 +6,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from diffpose_jax.method.pose_vector import POSE_SIZE
 
 
 class Denoiser(nn.Module):
@@ -16,13 +19,11 @@ class Denoiser(nn.Module):
     the same at all diffusion steps, so `project_condition` computes it once.
 
     Attributes:
-      pose_size: length of the pose vector, 48.
       width: hidden width, 1024.
       num_blocks: residual blocks, 2.
       dtype: type of the matrix products; parameters are float32.
     """
 
-    pose_size: int = 48
     width: int = 1024
     num_blocks: int = 2
     dtype: DTypeLike = jnp.float32
@@ -36,23 +37,19 @@ class Denoiser(nn.Module):
         self.input = linear(self.width)
         self.condition = linear(self.width, use_bias=False)
         self.blocks = [(linear(self.width), linear(self.width)) for _ in range(self.num_blocks)]
-        self.output = linear(self.pose_size)
+        self.output = linear(POSE_SIZE)
 
-    def project_condition(self, condition: Array) -> Array:
-        """The condition's part of the first layer: (..., C) -> (..., width)."""
+    def project_condition(self, condition: Float[Array, "*batch C"]) -> Float[Array, "*batch W"]:
+        """The condition's part of the first layer."""
         return self.condition(condition)
 
-    def __call__(self, x_t: Array, t: Array, projected: Array) -> Array:
-        """Predicts the noise.
-
-        Args:
-          x_t: (..., 48), noised pose vectors.
-          t: (...), integer times; the network sees the raw integer.
-          projected: (..., width), `project_condition` of the condition.
-
-        Returns:
-          eps, (..., 48) float32.
-        """
+    def __call__(
+        self,
+        x_t: Float[Array, "*batch 48"],
+        t: Int[Array, "*batch"],
+        projected: Float[Array, "*#batch W"],
+    ) -> Float[Array, "*batch 48"]:
+        """Predicts the noise eps in x_t; the network sees the raw integer t."""
         time = t.astype(x_t.dtype)[..., None]
         h = self.input(jnp.concatenate([x_t, time], axis=-1)) + projected
         for first, second in self.blocks:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from diffpose_jax.method.channel_embedding import channel_embedding
 from diffpose_jax.method.heatmaps import Candidates
@@ -35,8 +36,10 @@ class EncoderLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, deterministic: bool) -> Array:
-        """Tokens (..., J, W) to tokens of the same shape."""
+    def __call__(
+        self, x: Float[Array, "*batch J W"], *, deterministic: bool
+    ) -> Float[Array, "*batch J W"]:
+        """Lets the tokens exchange what they hold."""
         (*_, num_tokens, width) = x.shape
         heads = (self.num_heads, width // self.num_heads)
         drop = self._dropout(
@@ -87,9 +90,8 @@ class EmbeddingTransformer(nn.Module):
     """Condition of the denoiser from the candidates of all joints.
 
     A candidate's channel embedding is weighed by its likelihood, passed through a linear
-    layer and summed over the candidates (Eq. 6); a learned vector tells the joints apart; the
-    transformer lets them exchange what they know; the outputs of all joints, flattened, pass
-    a last linear layer.
+    layer and summed over the candidates (Eq. 6); a learned vector for each joint is added; the
+    transformer works on the 16 joints; its outputs, flattened, pass a last linear layer.
 
     Attributes:
       num_kernels: K, channels per axis; a token is 2 K wide.
@@ -119,23 +121,17 @@ class EmbeddingTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, samples: Candidates, *, deterministic: bool = True) -> Array:
-        """Candidates to condition.
-
-        Args:
-          samples: candidates, (..., S, J).
-          deterministic: False in training: applies dropout with the rng "dropout".
-
-        Returns:
-          (..., C).
-        """
-        weight = (
-            samples.likelihood if self.likelihood_scaling else jnp.ones_like(samples.likelihood)
-        )
-        histograms = axis_histograms(samples.cells, weight.astype(jnp.float32))
+    def __call__(
+        self, candidates: Candidates, *, deterministic: bool = True
+    ) -> Float[Array, "*batch C"]:
+        """Candidates (..., S, J) to the condition; in training with the rng "dropout"."""
+        cells, weight = jnp.asarray(candidates.cells), jnp.asarray(candidates.likelihood)
+        if not self.likelihood_scaling:
+            weight = jnp.ones_like(weight)
+        histograms = axis_histograms(cells, weight.astype(jnp.float32))
         grid = jnp.asarray(np.arange(HEATMAP_SIZE) * (2.0 / HEATMAP_SIZE) - 1.0, jnp.float32)
         if self.standardise:
-            counts = axis_histograms(samples.cells, jnp.ones_like(weight, jnp.float32))
+            counts = axis_histograms(cells, jnp.ones_like(weight, jnp.float32))
             table = channel_embedding(_standardised(grid, counts), self.num_kernels)
             embedding = jnp.einsum("...jai,...aik->...jak", histograms, table)
         else:
@@ -152,8 +148,7 @@ class EmbeddingTransformer(nn.Module):
             # The layer is linear: applied to the sum, with the bias counted once a candidate.
             linear = nn.Dense(width, use_bias=False, dtype=self.dtype, name="cross_spatial")
             bias = self.param("cross_spatial_bias", nn.initializers.zeros, (width,))
-            num_candidates = samples.cells.shape[-2]
-            embedding = linear(embedding) + _over(num_candidates * bias, embedding)
+            embedding = linear(embedding) + _over(cells.shape[-2] * bias, embedding)
         joints = self.param(
             "joint_embedding", nn.initializers.normal(1.0), (embedding.shape[-2], width)
         )
@@ -172,18 +167,13 @@ class EmbeddingTransformer(nn.Module):
 
 
 @functools.partial(jnp.vectorize, signature="(s,j),(s,j)->(j,a,i)")
-def axis_histograms(cells: Array, weight: Array) -> Array:
-    """Sums the candidates' weights over the columns and over the rows of the heatmap.
+def axis_histograms(
+    cells: Int[Array, "*batch S J"], weight: Float[Array, "*batch S J"]
+) -> Float[Array, "*batch J 2 64"]:
+    """Sums the candidates' weights over the columns, and over the rows, of the heatmap.
 
     A sum of channel embeddings is such a histogram times the embeddings of the 64 possible
     coordinates, exactly, at a sixtieth of the cost.
-
-    Args:
-      cells: (..., S, J), flat cell indices.
-      weight: (..., S, J).
-
-    Returns:
-      (..., J, 2, 64): by column, by row.
     """
     cells = cells.astype(jnp.int32)
     column, row = cells % HEATMAP_SIZE, cells // HEATMAP_SIZE
@@ -211,15 +201,12 @@ def _histograms_by_comparing(column: Array, row: Array, weight: Array) -> Array:
     )
 
 
-def _standardised(grid: Array, counts: Array) -> Array:
-    """Coordinates less their mean, over their standard deviation, over an image's candidates.
+def _standardised(
+    grid: Float[Array, 64], counts: Float[Array, "*batch J 2 64"]
+) -> Float[Array, "*batch 2 64"]:
+    """The possible coordinates, standardised by an image's candidates.
 
-    Args:
-      grid: (64,), the possible coordinates.
-      counts: (..., J, 2, 64), how many candidates have each.
-
-    Returns:
-      (..., 2, 64).
+    Less their mean, over their standard deviation; `counts` says how many candidates have each.
     """
     share = jnp.sum(counts, axis=-3)
     share = share / jnp.sum(share, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Heatmaps to joint candidates: argmax and sampling by inverse transform (Sec. 3.1).
+"""Heatmaps to joint candidates: the argmax and draws by inverse transform sampling (Sec. 3.1).
 
 Heatmaps are (..., J, H, W), row-major: `heatmaps[..., y, x]`. A cell is addressed by its flat
 index `y * W + x`. Coordinates run over [-1, 1): x = 2 (column - W / 2) / W, without a half-cell
@@ -8,15 +8,18 @@ shift, as in the published program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int, Num
 
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
+MAPS_SHAPE = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
 _BLOCK = 8
 """Cells of a row whose weights are summed beforehand, see `sample_cells`."""
 
@@ -25,38 +28,38 @@ _BLOCK = 8
 class Candidates:
     """Joint candidates with their likelihoods.
 
-    Candidates are cells of the heatmap, so 16 bits each hold them exactly; data sets store
-    `uint16` and `float16`, a third of the bytes of coordinates.
+    Candidates are cells of the heatmap, so that 16 bits hold them exactly; data sets store `uint16`
+    and `float16`, a third of the bytes of coordinates.
 
     Attributes:
-      cells: (..., S, J) integers, flat cell indices.
-      likelihood: (..., S, J), the raw heatmap height at the candidate's cell.
+      cells: flat cell indices.
+      likelihood: the heatmap's height at the candidate's cell, or its probability.
     """
 
-    cells: Array
-    likelihood: Array
+    cells: Int[Array | np.ndarray, "*batch S J"]
+    likelihood: Float[Array | np.ndarray, "*batch S J"]
 
     @property
-    def xy(self) -> Array:
-        """Coordinates, (..., S, J, 2) float32 in [-1, 1)."""
-        return cell_coordinates(self.cells)
+    def xy(self) -> Float[Array, "*batch S J 2"]:
+        """Coordinates in [-1, 1)."""
+        return cell_coordinates(jnp.asarray(self.cells))
 
 
-def cell_coordinates(cells: Array) -> Array:
-    """Flat cell indices (...) to coordinates (..., 2) = (x, y) in [-1, 1)."""
+def cell_coordinates(cells: Int[Array, "*shape"]) -> Float[Array, "*shape 2"]:
+    """Flat cell indices to coordinates (x, y) in [-1, 1)."""
     column_row = jnp.stack([cells % HEATMAP_SIZE, cells // HEATMAP_SIZE], axis=-1)
     return (2.0 / HEATMAP_SIZE) * column_row.astype(jnp.float32) - 1.0
 
 
-def coordinate_cells(xy: Array) -> Array:
-    """The inverse of `cell_coordinates`, to the nearest cell: (..., 2) -> (...) int32."""
+def coordinate_cells(xy: Float[Array, "*shape 2"]) -> Int[Array, "*shape"]:
+    """The inverse of `cell_coordinates`, to the nearest cell."""
     column_row = jnp.round((xy + 1.0) * (HEATMAP_SIZE / 2)).astype(jnp.int32)
     column_row = jnp.clip(column_row, 0, HEATMAP_SIZE - 1)
     return column_row[..., 1] * HEATMAP_SIZE + column_row[..., 0]
 
 
-def check(heatmaps: Array | np.ndarray) -> np.ndarray:
-    """Heatmaps from outside, as float32 on the host.
+def check(heatmaps: Array | np.ndarray) -> Float[np.ndarray, "B J H W"]:
+    """Checks a user's heatmaps and gives them as float32 on the host.
 
     Args:
       heatmaps: (B, 16, 64, 64), MPII joint order.
@@ -66,14 +69,13 @@ def check(heatmaps: Array | np.ndarray) -> np.ndarray:
         the message names the first bad image and joint.
     """
     heatmaps = np.asarray(heatmaps)
-    expected = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
-    if heatmaps.ndim != 4 or heatmaps.shape[1:] != expected:
-        hint = " (one image? add a leading axis: heatmaps[None])" * (heatmaps.shape == expected)
+    if heatmaps.ndim != 4 or heatmaps.shape[1:] != MAPS_SHAPE:
+        hint = " (one image? add a leading axis: heatmaps[None])" * (heatmaps.shape == MAPS_SHAPE)
         raise ValueError(f"heatmaps must be (B, 16, 64, 64), not {heatmaps.shape}{hint}")
     # jnp.issubdtype knows bfloat16 and its like, np.issubdtype does not.
     if not any(jnp.issubdtype(heatmaps.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"heatmaps must be real numbers, not {heatmaps.dtype}")
-    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow is found below
         heatmaps = heatmaps.astype(np.float32)
     finite = np.isfinite(heatmaps).all(axis=(2, 3))
     if not finite.all():
@@ -84,50 +86,41 @@ def check(heatmaps: Array | np.ndarray) -> np.ndarray:
     return heatmaps
 
 
-def argmax_cells(heatmaps: Array) -> Array:
-    """Flat index of each map's highest cell, the first of equals: (..., J) int32."""
+def argmax_cells(heatmaps: Num[Array, "*maps H W"]) -> Int[Array, "*maps"]:
+    """Flat index of each map's highest cell, the first of equals."""
     # By rows first: a maximum is ten times faster to find on a CPU than its place.
     row = jnp.argmax(jnp.max(heatmaps, axis=-1), axis=-1)
     best_row = jnp.take_along_axis(heatmaps, row[..., None, None], axis=-2)[..., 0, :]
     return (row * heatmaps.shape[-1] + jnp.argmax(best_row, axis=-1)).astype(jnp.int32)
 
 
-def argmax(heatmaps: Array) -> Candidates:
+def argmax(heatmaps: Num[Array, "*batch J H W"]) -> Candidates:
     """Each map's highest cell as the only candidate (S = 1); its height is not clamped."""
-    cells = argmax_cells(heatmaps)
-    height = jnp.max(heatmaps, axis=(-2, -1))
-    return Candidates(
-        cells=cells[..., None, :],
-        likelihood=height[..., None, :].astype(jnp.float32),
-    )
+    height = jnp.max(heatmaps, axis=(-2, -1)).astype(jnp.float32)
+    return Candidates(argmax_cells(heatmaps)[..., None, :], height[..., None, :])
 
 
-def normalise(heatmaps: Array) -> Array:
+def normalise(heatmaps: Num[Array, "*maps H W"]) -> Float[Array, "*maps H W"]:
     """Divides each map by the sum of its positive cells: heights become probabilities.
 
     Negative cells stay negative, and a map without a positive cell stays as it is.
-
-    Args:
-      heatmaps: (..., H, W).
     """
     heatmaps = heatmaps.astype(jnp.float32)
     total = jnp.sum(jnp.maximum(heatmaps, 0.0), axis=(-2, -1), keepdims=True)
     return heatmaps / jnp.where(total > 0, total, 1.0)
 
 
-def sample_cells(key: Array, heatmap: Array, num_candidates: int) -> tuple[Array, Array]:
+def sample_cells(
+    key: Array, heatmap: Num[Array, "H W"], num_drawn: int
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
     """Draws cells of one map with replacement, p proportional to max(height, 0).
 
     The inverse transform in three stages, each with a uniform number of its own: the row, a block
-    of eight cells in it, the cell. So a sample reads 80 numbers, not the cumulative sums of 4,096.
-
-    Args:
-      key: a random key.
-      heatmap: (H, W), W a multiple of 8. An all-non-positive map is uniform with likelihood 0.
-      num_candidates: S.
+    of eight cells in it, the cell. So a draw reads 80 numbers, not the cumulative sums of 4,096.
+    A map without a positive cell is drawn from uniformly, with likelihood 0.
 
     Returns:
-      cells (S,) int32 and likelihoods (S,) float32.
+      The cells, and the heights there.
     """
     heatmap = heatmap.astype(jnp.float32)
     width = heatmap.shape[1]
@@ -137,8 +130,8 @@ def sample_cells(key: Array, heatmap: Array, num_candidates: int) -> tuple[Array
     rows = jnp.sum(blocks, axis=1, keepdims=True).T
     flat = jnp.all(rows <= 0)
 
-    def pick(weight: Array, uniform: Array) -> Array:
-        """Indices (S,) by the inverse transform of weights (S or 1, N), numbers (S,)."""
+    def pick(weight: Float[Array, "_ N"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
+        """Indices by the inverse transform of weights: one row for all draws, or one for each."""
         size = weight.shape[1]
         # Cumulative sums as a product: ten times faster than a scan.
         upper = jnp.triu(jnp.ones((size, size)))
@@ -147,7 +140,7 @@ def sample_cells(key: Array, heatmap: Array, num_candidates: int) -> tuple[Array
         below = jnp.sum(cumulative <= target, axis=1, dtype=jnp.int32)
         return jnp.minimum(below, size - 1)
 
-    uniform = jax.random.uniform(key, (3, num_candidates))
+    uniform = jax.random.uniform(key, (3, num_drawn))
     row = pick(rows, uniform[0])
     block = pick(blocks[row], uniform[1])
     heights = heatmap.reshape(-1, _BLOCK)[row * (width // _BLOCK) + block]
@@ -162,30 +155,98 @@ def sample_cells(key: Array, heatmap: Array, num_candidates: int) -> tuple[Array
 
 
 def sample(
-    key: Array, heatmaps: Array, num_candidates: int = 32, *, include_argmax: bool = True
+    key: Array, heatmaps: Num[Array, "J H W"], num_candidates: int, include_argmax: bool
 ) -> Candidates:
-    """Draws the joint candidates of one image.
-
-    Args:
-      key: a random key.
-      heatmaps: (J, H, W).
-      num_candidates: S, the argmax counted in.
-      include_argmax: whether the first candidate is the argmax (False: "w/o argmax", Table 4).
-
-    Returns:
-      `Candidates`, (S, J).
-    """
+    """Draws the candidates of one image: (S, J); the argmax is the first of them."""
     num_joints = heatmaps.shape[0]
-    num_drawn = num_candidates - include_argmax
     keys = jax.vmap(lambda joint: jax.random.fold_in(key, joint))(jnp.arange(num_joints))
-    cells, likelihood = jax.vmap(sample_cells, in_axes=(0, 0, None), out_axes=1)(
-        keys, heatmaps, num_drawn
+    drawn = Candidates(
+        *jax.vmap(sample_cells, in_axes=(0, 0, None), out_axes=1)(
+            keys, heatmaps, num_candidates - include_argmax
+        )
     )
-    drawn = Candidates(cells=cells, likelihood=likelihood)
     if not include_argmax:
         return drawn
     best = argmax(heatmaps)
     # A map without a positive cell says nothing: its argmax must not count either.
-    likelihood = jnp.where(best.likelihood > 0, best.likelihood, 0.0)
-    best = dataclasses.replace(best, likelihood=likelihood)
+    best = dataclasses.replace(best, likelihood=jnp.maximum(best.likelihood, 0.0))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=0), best, drawn)
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateSampler:
+    """How a model makes candidates of heatmaps: now, or ahead of a training.
+
+    Attributes:
+      num_candidates: S, the argmax counted in.
+      include_argmax: whether the first candidate is the argmax (False: "w/o argmax", Table 4).
+      normalised: whether likelihoods are probabilities, and not the heatmap's raw heights.
+    """
+
+    num_candidates: int
+    include_argmax: bool
+    normalised: bool
+
+    def draw(self, key: Array, heatmaps: Num[Array, "J H W"]) -> Candidates:
+        """Draws the candidates of one image: (S, J)."""
+        maps = normalise(heatmaps) if self.normalised else heatmaps
+        return sample(key, maps, self.num_candidates, self.include_argmax)
+
+    @functools.partial(jax.jit, static_argnames=("self", "num_drawn"))
+    def draw_ahead(
+        self, key: Array, rows: Int[Array, " N"], heatmaps: Num[Array, "N J H W"], num_drawn: int
+    ) -> PredrawnCandidates:
+        """Draws candidates that the steps of a training take parts of.
+
+        Args:
+          key: a random key.
+          rows: the images' places in the data set: an image's draws depend on its own alone.
+          heatmaps: the images'.
+          num_drawn: P, how many are drawn for each joint.
+        """
+
+        def draw(row: Array, maps: Array) -> Candidates:
+            return sample(jax.random.fold_in(key, row), maps, num_drawn + 1, include_argmax=True)
+
+        drawn = jax.vmap(draw)(rows, normalise(heatmaps) if self.normalised else heatmaps)
+        stored = Candidates(drawn.cells.astype(jnp.uint16), drawn.likelihood.astype(jnp.float16))
+        return PredrawnCandidates(
+            best=jax.tree.map(lambda x: x[:, :1], stored),
+            drawn=jax.tree.map(lambda x: x[:, 1:], stored),
+            num_taken=self.num_candidates - self.include_argmax,
+            include_argmax=self.include_argmax,
+        )
+
+
+@flax.struct.dataclass
+class PredrawnCandidates:
+    """Candidates of a data set that were drawn ahead of training.
+
+    Drawing costs more than a small model's whole step. Of P candidates drawn once for each joint, a
+    step takes a contiguous part from a random offset on: 31 of P draws with replacement are 31
+    draws with replacement.
+
+    Attributes:
+      best: the argmax, (N, 1, J).
+      drawn: (N, P, J).
+      num_taken: how many of the drawn ones a step takes.
+      include_argmax: whether the argmax stands before them.
+    """
+
+    best: Candidates
+    drawn: Candidates
+    num_taken: int = flax.struct.field(pytree_node=False)
+    include_argmax: bool = flax.struct.field(pytree_node=False)
+
+    def take(
+        self, rows: Int[Array | np.ndarray, "*shape"], offsets: Int[Array | np.ndarray, "*shape"]
+    ) -> Candidates:
+        """Candidates (..., S, J) of rows of the data set; offsets may be of any size."""
+        places = offsets[..., None] + np.arange(self.num_taken).reshape((1,) * rows.ndim + (-1,))
+        places = places % self.drawn.cells.shape[1]
+        taken = jax.tree.map(lambda x: x[rows[..., None], places], self.drawn)
+        if not self.include_argmax:
+            return taken
+        best = jax.tree.map(lambda x: x[rows], self.best)
+        concatenate = np.concatenate if isinstance(rows, np.ndarray) else jnp.concatenate
+        return jax.tree.map(lambda *x: concatenate(x, axis=-2), best, taken)

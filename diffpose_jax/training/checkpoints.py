@@ -11,22 +11,24 @@ is read (`io.trees` says why).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from diffpose_jax import config as config_lib
-from diffpose_jax import distributed as devices
+from diffpose_jax import distributed
+from diffpose_jax.config import Config, ConfigError
 from diffpose_jax.io import trees
 from diffpose_jax.io.trees import CheckpointError, DamagedError
-from diffpose_jax.method import network as model_lib
+from diffpose_jax.method import network as network_lib
+from diffpose_jax.method.network import DiffPose, Params
 from diffpose_jax.skeleton import H36M_JOINTS
-from diffpose_jax.training import step as training
+from diffpose_jax.training.loop import NonFiniteLossError
+from diffpose_jax.training.step import TrainState
 
 FORMAT = "diffpose_jax checkpoint 1"
 
@@ -44,13 +46,13 @@ class RunCheckpoints:
     one alone writes and reads, and gives the others what it read.
     """
 
-    def __init__(self, directory: Path, config: ml_collections.ConfigDict, keep: int) -> None:
+    def __init__(self, directory: Path, config: Config, keep: int) -> None:
         self._config = config
         self._data_fingerprint = ""
         self._directory = directory
         self._keep = keep
         directory.mkdir(parents=True, exist_ok=True)
-        self._manager: Any = devices.is_first() and ocp.CheckpointManager(
+        self._manager: Any = distributed.is_first() and ocp.CheckpointManager(
             directory.absolute(),
             item_names=(_PARAMS, _EMA, _OPTIMIZER, _METADATA),
             options=ocp.CheckpointManagerOptions(
@@ -79,9 +81,9 @@ class RunCheckpoints:
             else:
                 raise self._not_saved(error) from error
         if kind is None:
-            devices.wait_for_all("saved")
+            distributed.barrier("saved")
 
-    def save(self, state: training.TrainState) -> None:
+    def save(self, state: TrainState) -> None:
         """Saves a state under its step; a step that is there already is left as it is.
 
         Raises:
@@ -97,7 +99,7 @@ class RunCheckpoints:
             arrays[_EMA] = state.ema
         for item in (_PARAMS, _EMA):
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays.get(item))):
-                raise training.NonFiniteLossError(step, f"update of the {item}", float("nan"))
+                raise NonFiniteLossError(step, f"update of the {item}", float("nan"))
         metadata = _metadata(self._config, self._data_fingerprint, arrays)
         items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
         items[_METADATA] = ocp.args.JsonSave(metadata)
@@ -122,9 +124,9 @@ class RunCheckpoints:
                 self._manager.wait_until_finished()
             except Exception as error:
                 raise self._not_saved(error) from error
-        devices.wait_for_all("saved")
+        distributed.barrier("saved")
 
-    def restore_latest(self, state: training.TrainState) -> training.TrainState | None:
+    def restore_latest(self, state: TrainState) -> TrainState | None:
         """The newest saved state, None if there is none.
 
         A damaged checkpoint is put aside, as `<step>.damaged`, and the one before it is taken.
@@ -137,10 +139,11 @@ class RunCheckpoints:
             of them are damaged.
         """
         found = self._restore_latest(state) if self._manager else None
-        is_found, found = devices.from_first((np.bool_(found is not None), found or state))
+        sent = np.bool_(found is not None), found or state
+        is_found, found = distributed.broadcast_from_first(sent)
         return found if is_found else None
 
-    def _restore_latest(self, state: training.TrainState) -> training.TrainState | None:
+    def _restore_latest(self, state: TrainState) -> TrainState | None:
         damaged: dict[int, DamagedError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -165,16 +168,16 @@ class RunCheckpoints:
             )
         return None
 
-    def _restore(self, folder: Path, state: training.TrainState) -> training.TrainState:
+    def _restore(self, folder: Path, state: TrainState) -> TrainState:
         saved = _read_metadata(folder)
-        _check_same(saved["config"], self._config.to_dict(), self._directory)
+        _check_same(_config_of(folder, saved), self._config, self._directory)
         self._data_fingerprint = saved.get("data_fingerprint", "")
         expected = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
         if state.ema is not None:
             expected[_EMA] = state.ema
         restored = trees.read_trees(folder, expected)
         trees.check_sums(folder, restored, saved.get("crc32", {}))
-        return training.TrainState(
+        return TrainState(
             step=restored[_OPTIMIZER]["step"],
             params=restored[_PARAMS],
             ema=restored[_EMA] if state.ema is not None else None,
@@ -203,32 +206,28 @@ def _unused(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def _optimizer_item(state: training.TrainState) -> dict[str, Any]:
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
     item = {"step": state.step, "state": state.opt_state}
     return item if state.loss_scale is None else item | {"loss_scale": state.loss_scale}
 
 
-def load(checkpoint: str | Path, weights: str | None = None) -> model_lib.Model:
-    """Reads a model, ready to sample.
+class Loaded(NamedTuple):
+    """What a checkpoint holds of a model: the fields of `inference.Model`."""
 
-    Args:
-      checkpoint: a run's folder, its `checkpoints` or one step in it, or an export.
-      weights: "raw" or "ema"; by default what `config.evaluation.weights` says. An export
-        holds the one set that it was made from.
+    network: DiffPose
+    params: Params
+    config: Config
+    data_fingerprint: str
 
-    Raises:
-      CheckpointError: if there is no checkpoint, or not one of this package or version, or it is
-        damaged, or for other joints or units of the poses.
-    """
+
+def load(checkpoint: str | Path, weights: str | None = None) -> Loaded:
+    """Reads a model; see `inference.load`."""
     folder = find(Path(checkpoint))
     metadata = _read_metadata(folder)
-    try:
-        config = ml_collections.ConfigDict(_with_tuples(metadata["config"]))
-        network = config_lib.call(model_lib.build, config.model, "config.model")
-        weights = weights or config.evaluation.weights
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its configuration does not fit: {error}") from error
-    if not isinstance(weights, str) or weights not in _ITEM_OF_WEIGHTS:
+    config = _config_of(folder, metadata)
+    network = network_lib.build(config.model)
+    weights = weights or config.evaluation.weights
+    if weights not in _ITEM_OF_WEIGHTS:
         raise CheckpointError(f"{folder}: weights must be raw or ema, not {weights!r}")
     item = _ITEM_OF_WEIGHTS[weights] if (folder / _OPTIMIZER).is_dir() else _PARAMS
     if not (folder / item).is_dir():
@@ -236,43 +235,32 @@ def load(checkpoint: str | Path, weights: str | None = None) -> model_lib.Model:
     expected = jax.eval_shape(network.init, jax.random.key(0))
     params = trees.read_trees(folder, {item: expected})[item]
     trees.check_sums(folder, {item: params}, metadata.get("crc32", {}))
-    return model_lib.Model(
-        network=network,
-        params=jax.device_put(params),
-        config=config,
-        data_fingerprint=metadata.get("data_fingerprint", ""),
-        solver=config.evaluation.get("solver", "ddpm"),
-    )
+    return Loaded(network, jax.device_put(params), config, metadata.get("data_fingerprint", ""))
 
 
-def export(model: model_lib.Model, directory: str | Path) -> None:
-    """Writes parameters and configuration as a small checkpoint that `load` reads.
-
-    Raises:
-      CheckpointError: if the folder is there already.
-    """
+def export(
+    directory: str | Path, params: Params, config: Config, data_fingerprint: str = ""
+) -> None:
+    """Writes a model without the optimizer; see `inference.export`."""
     directory = Path(directory).absolute()
     if directory.exists():
         raise CheckpointError(f"{directory} is there already: choose another or remove it")
-    metadata = _metadata(model.config, model.data_fingerprint, {_PARAMS: model.params})
     items = {
-        _PARAMS: ocp.args.PyTreeSave(jax.device_get(model.params)),
-        _METADATA: ocp.args.JsonSave(metadata),
+        _PARAMS: ocp.args.PyTreeSave(jax.device_get(params)),
+        _METADATA: ocp.args.JsonSave(_metadata(config, data_fingerprint, {_PARAMS: params})),
     }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.Composite(**items))
 
 
-def _metadata(
-    config: ml_collections.ConfigDict, data_fingerprint: str, arrays: dict[str, Any]
-) -> dict[str, Any]:
+def _metadata(config: Config, data_fingerprint: str, arrays: dict[str, Any]) -> dict[str, Any]:
     metadata = {
         "format": FORMAT,
         "joint_names": list(H36M_JOINTS),
         "pose_unit": _POSE_UNIT,
         "pose_scale": config.model.pose_scale,
         "data_fingerprint": data_fingerprint,
-        "config": config.to_dict(),
+        "config": config_lib.to_dict(config),
         "crc32": {item: trees.array_sums(tree) for item, tree in arrays.items()},
     }
     return metadata | {_OWN_SUM: trees.json_sum(metadata)}
@@ -324,19 +312,25 @@ def find(path: Path) -> Path:
     )
 
 
-def _check_same(saved: dict[str, Any], current: dict[str, Any], directory: Path) -> None:
+def _config_of(folder: Path, metadata: dict[str, Any]) -> Config:
+    try:
+        return config_lib.from_dict(metadata["config"])
+    except (ConfigError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: its configuration does not fit: {error}") from error
+
+
+def _check_same(saved: Config, current: Config, directory: Path) -> None:
     """Checks that a run goes on under the configuration that it began with."""
-    saved, current = _flat(_with_tuples(saved)), _flat(_with_tuples(current))
+    before, now = _flat(config_lib.to_dict(saved)), _flat(config_lib.to_dict(current))
     differing = sorted(
-        name
-        for name in {**saved, **current}
-        if saved.get(name) != current.get(name) and name.split(".")[0] != "evaluation"
+        f"config.{name}"
+        for name in before | now
+        if before.get(name) != now.get(name) and not name.startswith("evaluation.")
     )
     if differing:
-        fields = ", ".join(f"config.{name}" for name in differing)
         raise CheckpointError(
-            f"{directory} was begun with another configuration ({fields} differ): choose another"
-            " --workdir, or remove this one to start afresh"
+            f"{directory} was begun with another configuration ({', '.join(differing)} differ):"
+            " choose another --workdir, or remove this one to start afresh"
         )
 
 
@@ -346,12 +340,5 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _with_tuples(config: Any) -> Any:
-    """A configuration from JSON, which has lists alone, with tuples, as configurations have."""
-    if isinstance(config, dict):
-        return {name: _with_tuples(value) for name, value in config.items()}
-    return tuple(map(_with_tuples, config)) if isinstance(config, list | tuple) else config

@@ -16,10 +16,10 @@ from types import FrameType
 from typing import Any
 
 import jax
-import ml_collections
 
+from diffpose_jax import config as config_lib
 from diffpose_jax._version import __version__
-from diffpose_jax.config import ConfigError
+from diffpose_jax.config import Config, ConfigError
 from diffpose_jax.io.files import read_json, write_json
 
 CONFIG = "config.json"
@@ -89,9 +89,7 @@ def stop_put_off() -> Iterator[Stop]:
         raise Stopped(stop.signal)
 
 
-def write_config(
-    folder: Path, config: ml_collections.ConfigDict, start: dict[str, Any] | None = None
-) -> None:
+def write_config(folder: Path, config: Config, start: dict[str, Any] | None = None) -> None:
     """Writes config.json: the configuration's fields, and `started` with a record of each start.
 
     Args:
@@ -108,7 +106,7 @@ def write_config(
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it") from error
     records = [start] if start else []
-    write_json(path, config.to_dict() | {"started": [*started, *records]})
+    write_json(path, config_lib.to_dict(config) | {"started": [*started, *records]})
 
 
 def start_record(*, seed: int, step: int, data_fingerprint: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Conditions without the channel embedding: what the paper compares with (Table 3).
+"""Encoders without the channel embedding, which the paper compares with (Table 3).
 
-They take the place of the embedding transformer and give what the denoiser's first layer, which is
-linear, projects; a linear layer of their own in front of it would add nothing.
+They take the place of the embedding transformer. The denoiser's first layer, which is linear,
+projects what they give: a linear layer of their own would add nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from diffpose_jax.method.heatmaps import Candidates
 
@@ -27,12 +28,14 @@ class CandidateVector(nn.Module):
     likelihood_scaling: bool = True
 
     @nn.compact
-    def __call__(self, samples: Candidates, *, deterministic: bool = True) -> Array:
-        """Candidates (..., S, J) to (..., 3 S J): x, y and likelihood (2 S J without)."""
+    def __call__(
+        self, candidates: Candidates, *, deterministic: bool = True
+    ) -> Float[Array, "*batch C"]:
+        """Candidates (..., S, J) to vectors: x, y and likelihood (C = 3 S J, or 2 S J without)."""
         del deterministic
-        likelihood = samples.likelihood.astype(jnp.float32)
+        likelihood = jnp.asarray(candidates.likelihood).astype(jnp.float32)
         order = jnp.argsort(-likelihood, axis=-2)
-        columns = [jnp.take_along_axis(samples.xy, order[..., None], axis=-3)]
+        columns = [jnp.take_along_axis(candidates.xy, order[..., None], axis=-3)]
         if self.likelihood_scaling:
             columns.append(jnp.take_along_axis(likelihood, order, axis=-2)[..., None])
         vector = jnp.concatenate(columns, axis=-1)
@@ -54,8 +57,10 @@ class HeatmapResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, heatmaps: Array, *, deterministic: bool = True) -> Array:
-        """Heatmaps (..., 16, 64, 64) to (..., 8 width)."""
+    def __call__(
+        self, heatmaps: Float[Array, "*batch J H W"], *, deterministic: bool = True
+    ) -> Float[Array, "*batch C"]:
+        """Heatmaps to vectors of 8 times the width."""
         del deterministic
         leading = heatmaps.shape[:-3]
         x = jnp.moveaxis(heatmaps.reshape(-1, *heatmaps.shape[-3:]), 1, -1).astype(jnp.float32)

@@ -1,0 +1,147 @@
+"""A trained model, ready to sample: `load` and `Model`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Key
+
+from diffpose_jax import distributed
+from diffpose_jax.config import Config
+from diffpose_jax.method import heatmaps as heatmaps_lib
+from diffpose_jax.method import sampling
+from diffpose_jax.method.network import DiffPose, Draw, Params
+from diffpose_jax.training import checkpoints
+
+MAX_IMAGES = 64
+"""Images that `Model.draw` works on at a time, on each device."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model, ready to sample: what `diffpose_jax.load` returns.
+
+    Attributes:
+      network: the networks and the diffusion process.
+      params: their parameters.
+      config: the whole configuration that the model was trained with.
+      data_fingerprint: of the data set that it was trained on, empty if that is not known.
+      default_solver: parsed; by default the configuration's, see `sampling.parse_solver`.
+    """
+
+    network: DiffPose
+    params: Params
+    config: Config
+    data_fingerprint: str = ""
+    default_solver: sampling.Steps | None = None
+
+    @property
+    def solver(self) -> sampling.Steps:
+        """The solver of a draw that does not name one."""
+        return self.default_solver or self.parse_solver(self.config.evaluation.solver)
+
+    def parse_solver(self, solver: str) -> sampling.Steps:
+        """The steps of a solver such as "ddpm:8".
+
+        Raises:
+          ConfigError: for an unknown one.
+        """
+        return sampling.parse_solver(self.network.schedule, solver)
+
+    def draw(
+        self,
+        key: Key[Array, ""],
+        heatmaps: Array | np.ndarray,
+        num_hypotheses: int = 200,
+        solver: str | sampling.Steps | None = None,
+    ) -> Draw:
+        """Draws poses from the distribution that the heatmaps imply, on all local devices.
+
+        The hypotheses of an image depend on the key and its heatmaps, not on the rest of the
+        batch; the same key gives the same hypotheses, and more of them keep the first ones.
+
+        Args:
+          key: a random key (`jax.random.key(seed)`).
+          heatmaps: (B, 16, 64, 64), MPII joint order, as the detector gives them. A map
+            without a positive cell counts as unknown: uniform, with likelihood 0.
+          num_hypotheses: M.
+          solver: of the reverse process: "ddpm", the paper's 25 steps, or one with fewer steps
+            such as "ddpm:8", see `sampling.parse_solver`; by default the model's.
+
+        Returns:
+          `poses_mm` (B, M, 17, 3), Human3.6M joint order, hip-centred camera axes with y up, and
+          the candidates that they were drawn under, (B, S, 16), or (B, M, S, 16) where each
+          hypothesis draws its own.
+
+        Raises:
+          ValueError: for heatmaps of another shape or type or with NaN, for M < 1, and for an
+            unknown solver.
+        """
+        checked = heatmaps_lib.check(heatmaps)
+        if num_hypotheses < 1:
+            raise ValueError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
+        steps = self.parse_solver(solver) if isinstance(solver, str) else solver or self.solver
+        static, shared = (self.network, num_hypotheses), (self._replicated_params, key, steps)
+        if len(checked) == 0:
+            one = np.zeros((1, *checked.shape[1:]), np.float32)
+            shape = jax.eval_shape(functools.partial(_draw, *static), *shared, one, 1)
+            return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), shape)
+        return distributed.spread(_draw, static, shared, checked, most=MAX_IMAGES)
+
+    def sample(
+        self,
+        key: Key[Array, ""],
+        heatmaps: Array | np.ndarray,
+        num_hypotheses: int = 200,
+        solver: str | sampling.Steps | None = None,
+    ) -> Float[Array, "B M 17 3"]:
+        """The poses of `draw`: (B, M, 17, 3), millimetres."""
+        return self.draw(key, heatmaps, num_hypotheses, solver).poses_mm
+
+    @functools.cached_property
+    def _replicated_params(self) -> Params:
+        """The parameters where `pmap` wants them, or each call would copy them."""
+        return distributed.replicate(self.params, jax.local_devices())
+
+
+# Of the module, not a method of `network`: see `distributed.spread`.
+def _draw(
+    network: DiffPose,
+    num_hypotheses: int,
+    params: Params,
+    key: Array,
+    steps: sampling.Steps,
+    heatmaps: Array,
+    num_images: Array,
+) -> Draw:
+    return network.draw(params, key, steps, heatmaps, num_hypotheses, num_images)
+
+
+def load(checkpoint: str | Path, weights: str | None = None) -> Model:
+    """Reads a model, ready to sample.
+
+    Args:
+      checkpoint: a run's folder, its `checkpoints` or one step in it, or an export.
+      weights: "raw" or "ema"; by default what `config.evaluation.weights` says. An export
+        holds the one set that it was made from.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or not one of this package or version, or it is
+        damaged, or for other joints or units of the poses.
+    """
+    return Model(*checkpoints.load(checkpoint, weights))
+
+
+def export(model: Model, directory: str | Path) -> None:
+    """Writes parameters and configuration as a small checkpoint that `load` reads.
+
+    Raises:
+      CheckpointError: if the folder is there already.
+    """
+    checkpoints.export(directory, model.params, model.config, model.data_fingerprint)
