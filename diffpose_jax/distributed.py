@@ -221,8 +221,9 @@ def spread(
     *,
     most: int,
     padded: int | None = None,
+    to_host: bool = False,
     devices: Sequence[jax.Device] | None = None,
-) -> PyTree[Shaped[Array, "B ..."]]:
+) -> PyTree[Shaped[Array | np.ndarray, "B ..."]]:
     """Computes a function of a batch of images on the devices of this process.
 
     The batch is split evenly and padded to few shapes, so that few programs are compiled.
@@ -236,6 +237,7 @@ def spread(
       batch: pytree of arrays (B, ...) on the host.
       most: the most images that a device takes at a time.
       padded: images that a device's share is padded to; by default the next power of two.
+      to_host: whether to give NumPy's arrays.
       devices: the devices, all local ones by default.
     """
     devices = tuple(devices or jax.local_devices())
@@ -248,9 +250,11 @@ def spread(
         shape = (len(devices), padded or 1 << (share - 1).bit_length())
         split = functools.partial(_split, first, counts, shape)
         made = _pmapped(devices)(function, static, shared, jax.tree.map(split, batch), counts)
+        made = jax.device_get(made) if to_host else made
         kept = np.flatnonzero(np.arange(shape[1])[None] < counts[:, None])
         parts.append(jax.tree.map(lambda x, k=kept: x.reshape(-1, *x.shape[2:])[k], made))
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    concatenate = np.concatenate if to_host else jnp.concatenate
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: concatenate(x), *parts)
 
 
 def _split(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from absl import app, logging
 
-from diffpose_jax.config import ConfigError
+from diffpose_jax.config import RENAMED, ConfigError
 from diffpose_jax.distributed import ProcessError
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io.extras import MissingExtraError
@@ -17,9 +17,9 @@ from diffpose_jax.io.files import FileError
 from diffpose_jax.io.locks import LockedError
 from diffpose_jax.io.pictures import PictureError
 from diffpose_jax.io.trees import CheckpointError
-from diffpose_jax.prediction.predict import PredictionError
+from diffpose_jax.prediction.finder import PredictionError
 from diffpose_jax.training import runs
-from diffpose_jax.training.step import NonFiniteLossError
+from diffpose_jax.training.loop import NonFiniteLossError
 
 _USERS_ERRORS = (
     CheckpointError,
@@ -86,9 +86,15 @@ def run(main: Callable[[list[str]], None]) -> None:
             return app.parse_flags_with_usage(arguments)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
+            renamed = [
+                f"config.{old} is called config.{new} now"
+                for old, new in RENAMED.items()
+                if any(override.lstrip("-").startswith(f"config.{old}") for override in overrides)
+            ]
             sys.exit(
                 f"error: {' '.join(overrides) or '--config'} does not fit the configuration"
-                f" ({str(error).strip(chr(34) + chr(39))}); configs/h36m.py has all fields"
+                f" ({str(error).strip(chr(34) + chr(39))}); "
+                + ("; ".join(renamed) or "configs/h36m.py has all fields")
             )
 
     app.run(wrapped, flags_parser=parse)

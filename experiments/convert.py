@@ -12,6 +12,7 @@ EfficientPose is a detector that anyone can have: it comes with an npm package.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -23,13 +24,13 @@ from ml_collections import config_flags
 import experiments
 from configs import h36m_released
 from diffpose_jax import config as config_lib
-from diffpose_jax import detectors
+from diffpose_jax import detectors, inference
+from diffpose_jax.config import Config
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io.trees import CheckpointError
-from diffpose_jax.method import network as model
-from diffpose_jax.training import checkpoints
+from diffpose_jax.method import network as network_lib
 
 TORCH = flags.DEFINE_string("torch", None, "PyTorch file to read.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")
@@ -47,7 +48,7 @@ TO_TORCH = flags.DEFINE_string("to_torch", None, "PyTorch file to write.")
 
 
 def convert(
-    path: Path, output: Path, weights: str, config: ml_collections.ConfigDict
+    path: Path, output: Path, weights: str, config: Config
 ) -> tuple[str, list[str]]:
     """Converts a file; returns what it was and the tensors in it that nothing reads.
 
@@ -68,13 +69,13 @@ def convert(
             detectors.save(output, "hrnet_w32", hrnet.from_torch(found))
             return "the detector HRNet-W32", []
         tensors = torch_weights.released_tensors(content, weights)
-        network = config_lib.call(model.build, config.model, "config.model")
+        network = network_lib.build(config.model)
         torch_weights.check_schedule(tensors, network.schedule)
         expected = jax.eval_shape(network.init, jax.random.key(0))
         params = torch_weights.from_torch(tensors, expected)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
-    checkpoints.export(model.Model(network, params, config), output)
+    inference.export(inference.Model(network, params, config), output)
     return f"a DiffPose model, {weights} weights", torch_weights.unused(tensors)
 
 
@@ -106,10 +107,10 @@ def convert_efficientpose(source: str, output: Path) -> None:
 def main(_: list[str]) -> None:
     """Converts one way or the other."""
     if TORCH.value and OUTPUT.value:
-        config = CONFIG.value or _released_config()
+        config = config_lib.from_dict(CONFIG.value or _released_config())
         # The export holds the one set of weights, which is its raw one.
-        config = config.copy_and_resolve_references()
-        config.evaluation.weights = "raw"
+        evaluation = dataclasses.replace(config.evaluation, weights="raw")
+        config = dataclasses.replace(config, evaluation=evaluation)
         what, unused = convert(Path(TORCH.value), Path(OUTPUT.value), WEIGHTS.value, config)
         if unused:
             print(f"dropped, as nothing reads them: {', '.join(unused)}")
@@ -118,7 +119,7 @@ def main(_: list[str]) -> None:
         convert_efficientpose(EFFICIENTPOSE.value, Path(OUTPUT.value))
         print(f"{OUTPUT.value}: the detector EfficientPose II Lite")
     elif CHECKPOINT.value and TO_TORCH.value:
-        trained = checkpoints.load(CHECKPOINT.value)
+        trained = inference.load(CHECKPOINT.value)
         torch_weights.write_file(TO_TORCH.value, trained.params, trained.network.schedule)
         print(TO_TORCH.value)
     else:

@@ -13,7 +13,8 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffpose_jax import distributed as devices
+from diffpose_jax import config as config_lib
+from diffpose_jax import distributed
 from diffpose_jax.io import locks
 from diffpose_jax.report import results
 from diffpose_jax.training import checkpoints
@@ -46,12 +47,12 @@ def main(_: list[str]) -> None:
     checkpoints.find(Path(CHECKPOINT.value))  # before a folder is made for what cannot be
     output = Path(OUTPUT.value or CHECKPOINT.value)
     # While it is trained, a model can be evaluated into another folder than its own.
-    with devices.output_folder(output) as own, locks.exclusive(own):
+    with distributed.output_folder(output) as own, locks.exclusive(own):
         results.print_table(
             results.evaluate_run(
                 Path(CHECKPOINT.value),
                 output,
-                CONFIG.value,
+                CONFIG.value and config_lib.from_dict(CONFIG.value),
                 num_hypotheses=counts,
                 data_dir=DATA_DIR.value,
                 solver=SOLVER.value,

@@ -14,10 +14,10 @@ from pathlib import Path
 from absl import app, flags
 
 import experiments
-from diffpose_jax.evaluation import aggregation
+from diffpose_jax import inference
+from diffpose_jax.evaluation import calibration
 from diffpose_jax.interop import stablehlo
 from diffpose_jax.io import files
-from diffpose_jax.training import checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or one of its steps.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be there yet.")
@@ -47,19 +47,19 @@ def main(_: list[str]) -> None:
     if not STABLEHLO.value and (NUM_HYPOTHESES.value or SOLVER.value):
         raise app.UsageError("--num_hypotheses and --solver are for --stablehlo")
     output = Path(OUTPUT.value)
-    model = checkpoints.load(CHECKPOINT.value, WEIGHTS.value)
+    model = inference.load(CHECKPOINT.value, WEIGHTS.value)
     sampler = None
     if STABLEHLO.value:
         # Before anything is written: what is wrong with the flags is said here.
         sampler = stablehlo.build(
             model,
             NUM_HYPOTHESES.value or model.config.evaluation.num_hypotheses,
-            SOLVER.value or model.solver,
+            model.parse_solver(SOLVER.value) if SOLVER.value else model.solver,
         )
-    checkpoints.export(model, output)
-    calibration = Path(CHECKPOINT.value) / aggregation.CALIBRATIONS
-    if calibration.exists():
-        files.write_atomic(output / aggregation.CALIBRATIONS, calibration.read_bytes())
+    inference.export(model, output)
+    calibrations = Path(CHECKPOINT.value) / calibration.CALIBRATIONS
+    if calibrations.exists():
+        files.write_atomic(output / calibration.CALIBRATIONS, calibrations.read_bytes())
     if sampler is not None:
         stablehlo.write(output / "stablehlo", sampler)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

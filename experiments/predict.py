@@ -4,7 +4,7 @@
         --output DIR
     python -m experiments.predict --checkpoint runs/quickstart --heatmaps maps.npy --output DIR
 
-Writes hypotheses.npz (`prediction.contents` lists its arrays), poses.png and pose.html, which turns
+Writes hypotheses.npz (`predict.contents` lists its arrays), poses.png and pose.html, which turns
 in 3D. Of several people (`--box` given several times), pictures (a folder) or heatmaps, each has a
 folder of its own in the output.
 """
@@ -22,15 +22,15 @@ import numpy as np
 from absl import app, flags
 
 import experiments
-from diffpose_jax import detectors
+from diffpose_jax import detectors, inference
 from diffpose_jax.detectors import Detector
-from diffpose_jax.evaluation import aggregation
+from diffpose_jax.evaluation import aggregation, calibration
 from diffpose_jax.io import pictures
 from diffpose_jax.io.pictures import PictureError
-from diffpose_jax.prediction.predict import Box, Detection, Prediction, PredictionError
-from diffpose_jax.prediction.predict import predict as prediction
+from diffpose_jax.prediction import finder, predict
+from diffpose_jax.prediction.finder import Box, Detection, PredictionError
+from diffpose_jax.prediction.predict import Prediction
 from diffpose_jax.skeleton import MPII_JOINTS
-from diffpose_jax.training import checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, or an export.")
 IMAGE = flags.DEFINE_string("image", None, "A picture of a person, or a folder of pictures.")
@@ -67,17 +67,17 @@ def main(_: list[str]) -> None:
     if CHECKPOINT.value is None or OUTPUT.value is None:
         raise app.UsageError("--checkpoint and --output are needed")
     subjects = _subjects(Path(OUTPUT.value))
-    model = checkpoints.load(CHECKPOINT.value)
-    calibration = aggregation.read_calibration(CHECKPOINT.value, POSE.value)
+    model = inference.load(CHECKPOINT.value)
+    calibrated = calibration.read_calibration(CHECKPOINT.value, POSE.value)
     key = jax.random.key(SEED.value)
     failed = 0
     for subject in subjects:
         try:
             found = subject.detect()
-            predicted = prediction.predict(
-                model, key, found.heatmaps, NUM_HYPOTHESES.value, POSE.value, calibration
+            predicted = predict.predict(
+                model, key, found.heatmaps, NUM_HYPOTHESES.value, POSE.value, calibrated
             )
-            prediction.write(subject.folder, subject.name, model, found, predicted)
+            predict.write(subject.folder, subject.name, found, predicted)
         except PictureError as error:  # names the file
             print(f"error: {error}", file=sys.stderr)
             failed += 1
@@ -111,11 +111,11 @@ def _subjects(output: Path) -> list[Subject]:
 
 def _heatmaps(path: Path, output: Path) -> list[Subject]:
     """One for each picture's heatmaps; a single one lies in the output itself."""
-    maps = prediction.read_heatmaps(path)
+    maps = predict.read_heatmaps(path)
 
     def subject(name: str, folder: Path, of_picture: np.ndarray) -> Subject:
         found = Detection(of_picture)
-        return Subject(name, folder, functools.partial(prediction.check_not_flat, found))
+        return Subject(name, folder, functools.partial(predict.check_not_flat, found))
 
     if len(maps) == 1:
         return [subject(path.name, output, maps[0])]
@@ -132,7 +132,7 @@ def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Su
         stems = [picture.stem.casefold() for picture in paths]
 
         def detect(picture: Path) -> Detection:
-            return prediction.detect(load(), pictures.read(picture))
+            return finder.detect(load(), pictures.read(picture))
 
         return [
             Subject(
@@ -149,7 +149,7 @@ def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Su
         box.crop(image)  # Before any work: it tells of a box that lies outside.
 
     def subject(name: str, folder: Path, box: Box | None) -> Subject:
-        return Subject(name, folder, lambda: prediction.detect(load(), image, box))
+        return Subject(name, folder, lambda: finder.detect(load(), image, box))
 
     if len(boxes) == 1:
         return [subject(path.name, output, boxes[0])]
@@ -163,7 +163,7 @@ def _summary(folder: Path, found: Detection, predicted: Prediction) -> str:
     """What a terminal says of a person."""
     chosen = predicted.chosen
     lines = [
-        f"{folder}: {len(predicted.poses_mm)} hypotheses, {chosen.name}, {100 * chosen.level:g}%"
+        f"{folder}: {len(predicted.draw.poses_mm)} hypotheses, {chosen.name}, {100 * chosen.level:g}%"
         f" radius {np.median(chosen.radius_mm[1:]):.0f} mm (median of the joints)",
         f"  radius: {chosen.meaning}",
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from absl import flags
 
 import experiments
-from diffpose_jax import distributed as devices
+from diffpose_jax import distributed
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, to run in several processes."
@@ -23,7 +23,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs a program as `experiments.run` does, alone or as one of several processes."""
 
     def connected(arguments: list[str]) -> None:
-        with devices.connected(
+        with distributed.connected(
             COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, detect=DISTRIBUTED.value
         ):
             main(arguments)

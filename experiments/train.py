@@ -14,20 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from diffpose_jax import config as config_lib
-from diffpose_jax import distributed as devices
+from diffpose_jax import distributed
+from diffpose_jax.config import Config
 from diffpose_jax.data import pipeline
+from diffpose_jax.data.pipeline import TrainingData
 from diffpose_jax.io import files, locks, scalars
-from diffpose_jax.method import network as model
+from diffpose_jax.method import network
 from diffpose_jax.report import results
-from diffpose_jax.training import checkpoints, runs
-from diffpose_jax.training import step as training
+from diffpose_jax.training import checkpoints, loop, runs
+from diffpose_jax.training.step import Trainer
 from experiments import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
@@ -35,28 +36,28 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: that of TFDS.")
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None = None) -> None:
+def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
     """Trains until the last step, from the newest checkpoint if there is one.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; what was trained is saved.
       NonFiniteLossError: the step's examples are in nonfinite_step_N.json.
     """
-    network = config_lib.call(model.build, config.model, "config.model")
-    trainer = training.from_config(network, config.training)
-    images = devices.images_of_process(trainer.batch_size, "config.training.batch_size")
+    settings = config.training
+    trainer = Trainer(network.build(config.model), settings)
+    images = distributed.images_of_process(settings.batch_size, "config.training.batch_size")
     init_key, train_key, candidate_key = jax.random.split(jax.random.key(config.seed), 3)
     workdir.mkdir(parents=True, exist_ok=True)
     state = trainer.init(init_key)
     with checkpoints.RunCheckpoints(
-        workdir / "checkpoints", config, trainer.keep_checkpoints
+        workdir / "checkpoints", config, settings.keep_checkpoints
     ) as saved:
         state = saved.restore_latest(state) or state
         first = int(state.step)
-        if first == trainer.num_steps:
+        if first == settings.num_steps:
             runs.write_config(workdir, config)
             return
-        with devices.first_process_first("data"):
+        with distributed.first_process_first("data"):
             examples = pipeline.load(config.data, "train", data_dir)
         saved.trains_on(examples.fingerprint)
         start = runs.start_record(
@@ -64,36 +65,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
         )
         runs.write_config(workdir, config, start)
         examples, _ = pipeline.hold_out(examples, config.data.calibration_share)
-        evidence = pipeline.evidence(
-            examples,
-            network,
-            config.data.predrawn_candidates,
-            candidate_key,
-            in_memory=config.data.on_device,
+        data = pipeline.training_data(
+            examples, trainer.network, config.data, candidate_key, config.seed
         )
-        data = pipeline.TrainingData(examples, evidence, config.seed)
         batches = data.dispatches(
             first,
-            trainer.num_steps,
-            trainer.steps_per_dispatch,
-            trainer.batch_size,
+            settings.num_steps,
+            settings.steps_per_dispatch,
+            settings.batch_size,
             images=images,
-            held=config.data.on_device,
+            selections=config.data.on_device,
         )
-        held = data.held() if config.data.on_device else None
+        on_device = data.arrays if config.data.on_device else None
         with (
             scalars.ScalarWriter(workdir / "metrics.jsonl", last_step=first) as writer,
             tqdm(
-                total=trainer.num_steps,
+                total=settings.num_steps,
                 initial=first,
                 desc="training",
                 unit=" steps",
-                disable=not devices.is_first(),
+                disable=not distributed.is_first(),
             ) as bar,
             _noting_examples(workdir, trainer, data),
-            runs.stop_put_off() as stop,
+            runs.deferred_stop() as stop,
         ):
-            for new_state, of_steps in training.run(trainer, state, train_key, batches, held=held):
+            for new_state, of_steps in loop.run(trainer, state, train_key, batches, data=on_device):
                 step = int(new_state.step)
                 loss, grad_norm = (
                     float(np.mean(x, dtype=np.float64)) for x in (of_steps.loss, of_steps.grad_norm)
@@ -102,10 +98,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
                 writer.write(step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update(step - bar.n)
-                # Once, or it could break off what it has not saved. A signal to one of several
-                # processes stops all of them, after the same step.
-                stopping = devices.largest(stop.signal or 0)
-                is_due = step % trainer.checkpoint_every == 0 or step == trainer.num_steps
+                # Asked once, or a signal in between could end the loop unsaved. A signal to one of
+                # several processes stops all of them, after the same step.
+                stopping = distributed.max_over_processes(stop.signal or 0)
+                is_due = step % settings.checkpoint_every == 0 or step == settings.num_steps
                 if is_due or stopping:
                     writer.sync()
                     saved.save(new_state)
@@ -116,14 +112,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: str | None
 
 
 @contextlib.contextmanager
-def _noting_examples(
-    workdir: Path, trainer: training.Trainer, data: pipeline.TrainingData
-) -> Iterator[None]:
+def _noting_examples(workdir: Path, trainer: Trainer, data: TrainingData) -> Iterator[None]:
     """Writes down which examples were in the batch of a step that went wrong."""
     try:
         yield
-    except training.NonFiniteLossError as error:
-        rows = data.selection(error.step - 1, 1, trainer.batch_size).rows[0]
+    except loop.NonFiniteLossError as error:
+        rows = data.select(error.step - 1, 1, trainer.config.batch_size).rows[0]
         content = {
             "step": error.step,
             error.what: str(error.value),
@@ -137,13 +131,13 @@ def _noting_examples(
 
 def main(_: list[str]) -> None:
     """Trains, then evaluates."""
-    config = CONFIG.value
-    if config is None:
+    if CONFIG.value is None:
         raise app.UsageError("--config is missing; try --config configs/quickstart.py")
+    config = config_lib.from_dict(CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or Path("runs") / name)
     start = time.monotonic()
-    with devices.output_folder(workdir) as own, locks.exclusive(own):
+    with distributed.output_folder(workdir) as own, locks.exclusive(own):
         train(config, own, DATA_DIR.value)
         results.print_table(results.evaluate_run(workdir, workdir, config, data_dir=DATA_DIR.value))
     minutes = (time.monotonic() - start) / 60

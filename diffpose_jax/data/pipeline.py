@@ -8,28 +8,22 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int, Key, Shaped
 from tqdm import tqdm
 
-from diffpose_jax import distributed as devices
-from diffpose_jax.config import ConfigError
-from diffpose_jax.data import human36m, motion, simulator
-from diffpose_jax.data import prepared as detections
-from diffpose_jax.method import heatmaps as heatmaps_lib
-from diffpose_jax.method.heatmaps import Candidates
+from diffpose_jax import distributed
+from diffpose_jax.config import ConfigError, DataConfig
+from diffpose_jax.data import human36m, motion, prepared, simulator
+from diffpose_jax.method.heatmaps import MAPS_SHAPE, PredrawnCandidates
 from diffpose_jax.method.network import DiffPose
-from diffpose_jax.method.network import Evidence as ModelEvidence
-from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 from diffpose_jax.training.step import Batch
-
-_MAPS = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,42 +31,38 @@ class Examples:
     """A split of a data set.
 
     Attributes:
-      pose_mm: (N, 17, 3) float32, the truth, hip-centred camera axes with y up.
-      clips: (N,), the recording that each example is from.
-      names: (N,), a name for each example.
+      pose_mm: the truth, hip-centred camera axes with y up.
+      clips: the recording that each example is from.
+      names: a name for each example.
       heatmaps: rows (n,) -> heatmaps (n, 16, 64, 64) float32, from any thread.
       groups: {name: (N,)}, what results can be told apart by, such as the action.
-      counted: (N,) bool, the frames that the evaluation's protocol counts; None for all.
-      ambiguous: (N,) bool, the data set's own list of ambiguous frames; None without one.
-      fingerprint: of the whole data set that the split is from, see `detections.fingerprint`.
+      counted: the frames that the evaluation's protocol counts; None for all.
+      ambiguous: the data set's own list of ambiguous frames; None without one.
+      fingerprint: of the whole data set that the split is from, see `prepared.fingerprint`.
     """
 
-    pose_mm: np.ndarray
-    clips: np.ndarray
-    names: np.ndarray
+    pose_mm: Float[np.ndarray, "N 17 3"]
+    clips: Shaped[np.ndarray, " N"]
+    names: Shaped[np.ndarray, " N"]
     heatmaps: Callable[[np.ndarray], np.ndarray]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    counted: np.ndarray | None = None
-    ambiguous: np.ndarray | None = None
+    counted: Bool[np.ndarray, " N"] | None = None
+    ambiguous: Bool[np.ndarray, " N"] | None = None
     fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.pose_mm)
 
-    def select(self, rows: np.ndarray) -> Examples:
-        """The examples of some rows (n,), in their order."""
-
-        def of_rows(column: np.ndarray | None) -> np.ndarray | None:
-            return None if column is None else column[rows]
-
+    def select(self, rows: Int[np.ndarray, " n"]) -> Examples:
+        """The examples of some rows, in their order."""
         return Examples(
             pose_mm=self.pose_mm[rows],
             clips=self.clips[rows],
             names=self.names[rows],
             heatmaps=lambda some: self.heatmaps(rows[some]),
             groups={name: column[rows] for name, column in self.groups.items()},
-            counted=of_rows(self.counted),
-            ambiguous=of_rows(self.ambiguous),
+            counted=None if self.counted is None else self.counted[rows],
+            ambiguous=None if self.ambiguous is None else self.ambiguous[rows],
             fingerprint=self.fingerprint,
         )
 
@@ -82,26 +72,25 @@ class Examples:
             yield np.arange(start, min(start + batch_size, len(self)))
 
 
-def load(
-    config: ml_collections.ConfigDict, split: str, data_dir: str | Path | None = None
-) -> Examples:
+def load(config: DataConfig, split: str, data_dir: str | Path | None = None) -> Examples:
     """Reads a split; "motion" is prepared first if it is not there, the others must be there.
 
     Args:
-      config: `config.data`.
+      config: which data set.
       split: "train" or "test".
       data_dir: where prepared data sets lie; by default where TFDS keeps them.
 
     Raises:
-      ConfigError: for an unknown data set, a configuration or source that it does not take, or a
-        data set that is not prepared or damaged, or holds poses that are not finite.
+      ConfigError: for a configuration or source that the data set does not take, or a data set that
+        is not prepared or damaged, or holds poses that are not finite.
     """
-    if config.name not in _LOADERS:
-        raise ConfigError(
-            f"config.data.name: unknown data set {config.name!r}; known: {', '.join(_LOADERS)}"
-        )
+    loaders = {
+        "motion": _load_motion,
+        "human36m": _load_human36m,
+        "mpi_inf_3dhp": _load_mpi_inf_3dhp,
+    }
     try:
-        examples = _LOADERS[config.name](config, split, data_dir)
+        examples = loaders[config.name](config, split, data_dir)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.data: {error}") from error
     # Of the truth only: heatmaps are read when they are needed, and a step tells of theirs.
@@ -126,10 +115,8 @@ def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | Non
       The examples to train on, and those held out (None if there are none).
 
     Raises:
-      ConfigError: if no recording is small enough, or for a share outside of [0, 1).
+      ConfigError: if no recording is small enough.
     """
-    if not 0 <= share < 1:
-        raise ConfigError(f"config.data.calibration_share must be in [0, 1), not {share}")
     if share == 0:
         return examples, None
     clips, sizes = np.unique(examples.clips, return_counts=True)
@@ -148,9 +135,7 @@ def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | Non
     return train, held_out
 
 
-def _load_motion(
-    config: ml_collections.ConfigDict, split: str, data_dir: str | Path | None
-) -> Examples:
+def _load_motion(config: DataConfig, split: str, data_dir: str | Path | None) -> Examples:
     builder = motion.prepare(config.builder, data_dir)
     columns = motion.read_all(builder, split)
     blobs = columns["blobs"]
@@ -160,24 +145,18 @@ def _load_motion(
         names=_joined(columns["clip"], columns["frame"]),
         heatmaps=lambda rows: simulator.render(blobs[rows]),
         groups={"clip": columns["clip"]},
-        fingerprint=detections.fingerprint(builder.data_dir),
+        fingerprint=prepared.fingerprint(builder.data_dir),
     )
 
 
-def _load_human36m(
-    config: ml_collections.ConfigDict, split: str, data_dir: str | Path | None
-) -> Examples:
-    folder = detections.find(data_dir, config.name, dict(config.prepared))
-    columns, heatmaps = detections.read(folder, split)
-    frames = {
-        "every_64th_frame": lambda: human36m.every_64th_frame(columns["frame"]),
-        "every_16th_row": lambda: human36m.every_16th_row(columns["row"]),
-        "all": lambda: None,
-    }
-    if config.test_frames not in frames:
-        raise ValueError(
-            f"test_frames must be one of {', '.join(frames)}, not {config.test_frames!r}"
-        )
+def _load_human36m(config: DataConfig, split: str, data_dir: str | Path | None) -> Examples:
+    folder = prepared.find(data_dir, config.name, config.prepared)
+    columns, heatmaps = prepared.read(folder, split)
+    counted = None
+    if split == "test" and config.test_frames == "every_64th_frame":
+        counted = human36m.every_64th_frame(columns["frame"])
+    elif split == "test" and config.test_frames == "every_16th_row":
+        counted = human36m.every_16th_row(columns["row"])
     clips = _joined(*(columns[key] for key in ("subject", "action", "subaction", "camera")))
     return Examples(
         pose_mm=columns["pose_mm"],
@@ -185,32 +164,23 @@ def _load_human36m(
         names=_joined(clips, columns["frame"]),
         heatmaps=heatmaps,
         groups={key: columns[key] for key in ("subject", "action", "camera")},
-        counted=frames[config.test_frames]() if split == "test" else None,
-        ambiguous=columns["hard"] if columns["hard"].any() else None,
-        fingerprint=detections.fingerprint(folder),
+        counted=counted,
+        ambiguous=columns["ambiguous"] if columns["ambiguous"].any() else None,
+        fingerprint=prepared.fingerprint(folder),
     )
 
 
-def _load_mpi_inf_3dhp(
-    config: ml_collections.ConfigDict, split: str, data_dir: str | Path | None
-) -> Examples:
-    folder = detections.find(data_dir, config.name, dict(config.prepared))
-    columns, heatmaps = detections.read(folder, split)
+def _load_mpi_inf_3dhp(config: DataConfig, split: str, data_dir: str | Path | None) -> Examples:
+    folder = prepared.find(data_dir, config.name, config.prepared)
+    columns, heatmaps = prepared.read(folder, split)
     return Examples(
         pose_mm=columns["pose_mm"],
         clips=columns["subject"],
         names=_joined(columns["subject"], columns["frame"]),
         heatmaps=heatmaps,
         groups={key: columns[key] for key in ("subject", "scene")},
-        fingerprint=detections.fingerprint(folder),
+        fingerprint=prepared.fingerprint(folder),
     )
-
-
-_LOADERS = {
-    "motion": _load_motion,
-    "human36m": _load_human36m,
-    "mpi_inf_3dhp": _load_mpi_inf_3dhp,
-}
 
 
 def _joined(*columns: np.ndarray) -> np.ndarray:
@@ -220,194 +190,38 @@ def _joined(*columns: np.ndarray) -> np.ndarray:
     )
 
 
-class HeatmapsOnDisk:
-    """What the training step draws candidates from: heatmaps, read when a step needs them."""
-
-    def __init__(self, examples: Examples) -> None:
-        self._examples = examples
-
-    def take(self, rows: Array | np.ndarray, places: Array | np.ndarray) -> np.ndarray:
-        """Heatmaps (..., 16, 64, 64) of the rows (...)."""
-        del places
-        return self._examples.heatmaps(np.asarray(rows).reshape(-1)).reshape(*rows.shape, *_MAPS)
-
-
-@flax.struct.dataclass
-class HeatmapsInMemory:
-    """What the training step draws candidates from: all heatmaps.
-
-    Attributes:
-      heatmaps: (N, 16, 64, 64) float16.
-    """
-
-    heatmaps: Array | np.ndarray
-
-    @classmethod
-    def read(cls, examples: Examples) -> HeatmapsInMemory:
-        """Reads the heatmaps of all examples."""
-        heatmaps = np.empty((len(examples), *_MAPS), np.float16)
-        for rows in _progress(examples, "reading heatmaps"):
-            heatmaps[rows] = examples.heatmaps(rows)
-        return cls(heatmaps)
-
-    def take(self, rows: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
-        """Heatmaps (..., 16, 64, 64) of the rows (...)."""
-        del places
-        return self.heatmaps[rows]
-
-
-@flax.struct.dataclass
-class PredrawnCandidates:
-    """Candidates drawn ahead of training, P for each joint.
-
-    Drawing costs more than a small model's whole step. Of P candidates drawn once for each
-    joint, a step takes a contiguous part at a random place: 31 of P draws with replacement are
-    31 draws with replacement.
-
-    Attributes:
-      best: (N, 1, 16), the argmax.
-      drawn: (N, P, 16).
-      num_taken: how many of the drawn ones a step takes.
-      include_argmax: whether the argmax stands before them.
-    """
-
-    best: Candidates
-    drawn: Candidates
-    num_taken: int = flax.struct.field(pytree_node=False)
-    include_argmax: bool = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def draw(
-        cls, examples: Examples, network: DiffPose, num_drawn: int, key: Array
-    ) -> PredrawnCandidates:
-        """Draws the candidates.
-
-        Args:
-          examples: a split.
-          network: tells how many candidates a step takes, and whether the argmax is one.
-          num_drawn: P.
-          key: a random key.
-
-        Raises:
-          ConfigError: if P is smaller than what a step takes.
-        """
-        num_taken = network.num_candidates - network.include_argmax
-        if num_drawn < num_taken:
-            raise ConfigError(
-                f"config.data.predrawn_candidates = {num_drawn} is less than the {num_taken}"
-                " that a step takes; give more, or 0 to draw in every step"
-            )
-        parts = []
-        for rows in _progress(examples, "drawing candidates"):
-            maps = jnp.asarray(examples.heatmaps(rows))
-            maps = heatmaps_lib.normalise(maps) if network.normalised_likelihood else maps
-            parts.append(jax.device_get(_draw(key, rows, maps, num_drawn)))
-        best, drawn = (
-            jax.tree.map(lambda *x: np.concatenate(x), *part) for part in zip(*parts, strict=True)
-        )
-        return cls(best, drawn, num_taken, network.include_argmax)
-
-    def take(self, rows: Array | np.ndarray, places: Array | np.ndarray) -> Candidates:
-        """Candidates (..., S, 16) of the rows (...), from places (...) of any size on."""
-        places = places[..., None] + np.arange(self.num_taken).reshape((1,) * rows.ndim + (-1,))
-        places = places % self.drawn.cells.shape[1]
-        taken = jax.tree.map(lambda x: x[rows[..., None], places], self.drawn)
-        if not self.include_argmax:
-            return taken
-        best = jax.tree.map(lambda x: x[rows], self.best)
-        concatenate = np.concatenate if isinstance(rows, np.ndarray) else jnp.concatenate
-        return jax.tree.map(lambda *x: concatenate(x, axis=-2), best, taken)
-
-
-Evidence = HeatmapsOnDisk | HeatmapsInMemory | PredrawnCandidates
-
-
-def evidence(
-    examples: Examples, network: DiffPose, num_predrawn: int, key: Array, *, in_memory: bool = False
-) -> Evidence:
-    """What the training step draws candidates from, as `config.data.predrawn_candidates` says.
-
-    Args:
-      examples: the training split.
-      network: tells how many candidates a step takes and whether the argmax is one.
-      num_predrawn: candidates drawn ahead per joint, 0 to draw in every step.
-      key: a random key.
-      in_memory: whether heatmaps are all read now, or when a step needs them.
-
-    Raises:
-      ConfigError: if the network cannot take candidates drawn ahead, or not so few.
-    """
-    if num_predrawn == 0:
-        return HeatmapsInMemory.read(examples) if in_memory else HeatmapsOnDisk(examples)
-    if network.reads_heatmaps:
-        raise ConfigError(
-            "config.data.predrawn_candidates must be 0: the encoder reads the heatmaps themselves"
-        )
-    return PredrawnCandidates.draw(examples, network, num_predrawn, key)
-
-
-@functools.partial(jax.jit, static_argnames="num_drawn")
-def _draw(
-    key: Array, rows: Array, heatmaps: Array, num_drawn: int
-) -> tuple[Candidates, Candidates]:
-    """Argmax (n, 1, 16) and draws (n, P, 16) in storage types."""
-
-    def draw(row: Array, heatmaps: Array) -> Candidates:
-        key_of_row = jax.random.fold_in(key, row)
-        return heatmaps_lib.sample(key_of_row, heatmaps, num_drawn + 1, include_argmax=True)
-
-    samples = jax.vmap(draw)(rows, heatmaps)
-    stored = Candidates(
-        cells=samples.cells.astype(jnp.uint16), likelihood=samples.likelihood.astype(jnp.float16)
-    )
-    return jax.tree.map(lambda x: x[:, :1], stored), jax.tree.map(lambda x: x[:, 1:], stored)
-
-
-def _progress(examples: Examples, what: str) -> Iterator[np.ndarray]:
-    """Rows of all examples, 32 at a time, with a bar."""
-    hidden = not devices.is_first()
-    with tqdm(total=len(examples), desc=what, unit=" images", disable=hidden) as bar:
-        for rows in examples.batches(32):
-            yield rows
-            bar.update(len(rows))
-
-
 @flax.struct.dataclass
 class Selection:
     """Which examples steps take.
 
     Attributes:
-      rows: (...) int32, rows of the data set.
-      places: (...) int32, where among its predrawn candidates each begins.
+      rows: rows of the data set.
+      offsets: where among its predrawn candidates each begins.
     """
 
-    rows: Array | np.ndarray
-    places: Array | np.ndarray
-
-    def of_images(self, images: slice) -> Selection:
-        """Of some images of each step: (steps, B) -> (steps, some)."""
-        return Selection(self.rows[:, images], self.places[:, images])
+    rows: Int[Array | np.ndarray, "*shape"]
+    offsets: Int[Array | np.ndarray, "*shape"]
 
 
 @flax.struct.dataclass
-class HeldData:
-    """A training split, on the host or, as the argument of a dispatch, on devices.
+class TrainingArrays:
+    """A training split as arrays, on the host or, as an argument of a dispatch, on devices.
 
     Attributes:
-      pose_mm: (N, 17, 3).
-      evidence: what candidates come from; arrays, not files, if it is to lie on devices.
+      pose_mm: the true poses.
+      inputs: all heatmaps (N, 16, 64, 64) float16, or candidates that were drawn ahead.
     """
 
-    pose_mm: Array | np.ndarray
-    evidence: Evidence
+    pose_mm: Float[Array | np.ndarray, "N 17 3"]
+    inputs: Float[Array | np.ndarray, "N J H W"] | PredrawnCandidates
 
     def batch(self, selection: Selection) -> Batch:
         """The examples of a selection."""
-        # On the host these are NumPy's arrays, which a dispatch takes as well.
-        return Batch(
-            evidence=cast(ModelEvidence, self.evidence.take(selection.rows, selection.places)),
-            pose_mm=cast(Array, self.pose_mm[selection.rows]),
-        )
+        if isinstance(self.inputs, PredrawnCandidates):
+            inputs: Any = self.inputs.take(selection.rows, selection.offsets)
+        else:
+            inputs = self.inputs[selection.rows]
+        return Batch(inputs, self.pose_mm[selection.rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -416,37 +230,33 @@ class TrainingData:
 
     Attributes:
       examples: the training split.
-      evidence: what candidates come from.
-      seed: seed of the order and of the places among predrawn candidates.
+      arrays: the same in memory; None to read heatmaps when a step needs them.
+      seed: seed of the order and of the offsets among predrawn candidates.
     """
 
     examples: Examples
-    evidence: Evidence
+    arrays: TrainingArrays | None
     seed: int
 
-    def held(self) -> HeldData:
-        """All examples at once."""
-        return HeldData(self.examples.pose_mm, self.evidence)
-
-    def selection(self, step: int, num_steps: int, batch_size: int) -> Selection:
+    def select(self, step: int, num_steps: int, batch_size: int) -> Selection:
         """Which examples the steps after `step` take, (num_steps, batch_size)."""
         positions = np.arange(step * batch_size, (step + num_steps) * batch_size)
         epochs, places = np.divmod(positions, len(self.examples))
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            rows[epochs == epoch] = _order(self.seed, epoch, len(self.examples))[
-                places[epochs == epoch]
-            ]
-        rng = np.random.default_rng([self.seed, 1, step])
-        places = rng.integers(0, 1 << 16, len(rows))
+            order = _order(self.seed, epoch, len(self.examples))
+            rows[epochs == epoch] = order[places[epochs == epoch]]
+        offsets = np.random.default_rng([self.seed, 1, step]).integers(0, 1 << 16, len(rows))
         shape = (num_steps, batch_size)
-        return Selection(
-            rows.reshape(shape).astype(np.int32), places.reshape(shape).astype(np.int32)
-        )
+        return Selection(*(x.reshape(shape).astype(np.int32) for x in (rows, offsets)))
 
-    def batch(self, step: int, num_steps: int, batch_size: int) -> Batch:
-        """Images for the steps after `step`: leading axes (num_steps, batch_size)."""
-        return self.held().batch(self.selection(step, num_steps, batch_size))
+    def batch(self, selection: Selection) -> Batch:
+        """The examples of a selection (steps, B), on the host."""
+        if self.arrays is not None:
+            return self.arrays.batch(selection)
+        rows = cast(np.ndarray, selection.rows)
+        maps = self.examples.heatmaps(rows.reshape(-1)).reshape(*rows.shape, *MAPS_SHAPE)
+        return Batch(maps, self.examples.pose_mm[rows])
 
     def dispatches(
         self,
@@ -456,7 +266,7 @@ class TrainingData:
         batch_size: int,
         *,
         images: slice = slice(None),
-        held: bool = False,
+        selections: bool = False,
     ) -> Iterator[Batch | Selection]:
         """Batches of all steps from `first` to `last`, each made while the one before is used.
 
@@ -465,22 +275,79 @@ class TrainingData:
           last: step that the last of them ends with.
           num_steps: steps of each.
           batch_size: images a step.
-          images: which of these to read, see `devices.images_of_process`.
-          held: make selections, for devices that hold the data.
+          images: which of these to read, see `distributed.images_of_process`.
+          selections: give the selections alone, for devices that hold the data.
         """
 
-        def make(*steps: int) -> Batch | Selection:
-            selection = self.selection(*steps).of_images(images)
-            return selection if held else self.held().batch(selection)
+        def make(step: int) -> Batch | Selection:
+            selection = self.select(step, num_steps, batch_size)
+            selection = Selection(selection.rows[:, images], selection.offsets[:, images])
+            return selection if selections else self.batch(selection)
 
         with ThreadPoolExecutor(max_workers=1) as worker:
             ahead: Future[Batch | Selection] | None = None
             for start in range(first, last, num_steps):
-                batch, ahead = ahead, worker.submit(make, start, num_steps, batch_size)
+                batch, ahead = ahead, worker.submit(make, start)
                 if batch is not None:
                     yield batch.result()
             if ahead is not None:
                 yield ahead.result()
+
+
+def training_data(
+    examples: Examples, network: DiffPose, config: DataConfig, key: Key[Array, ""], seed: int
+) -> TrainingData:
+    """Makes what the training steps read of a training split, as the configuration says.
+
+    Args:
+      examples: the training split.
+      network: says how many candidates a step takes and whether the argmax is one.
+      config: `predrawn_candidates` and `on_device`.
+      key: a random key, of candidates drawn ahead.
+      seed: seed of the order.
+
+    Raises:
+      ConfigError: if the network cannot take candidates drawn ahead, or not so few.
+    """
+    number, sampler = config.predrawn_candidates, network.sampler
+    if number == 0:
+        inputs = _all_heatmaps(examples) if config.on_device else None
+    elif sampler is None:
+        raise ConfigError(
+            "config.data.predrawn_candidates must be 0: the encoder reads the heatmaps themselves"
+        )
+    elif number < sampler.num_candidates - sampler.include_argmax:
+        raise ConfigError(
+            f"config.data.predrawn_candidates = {number} is less than the candidates that a step"
+            f" takes (config.model.num_candidates = {sampler.num_candidates}); give more, or 0 to"
+            " draw in every step"
+        )
+    else:
+        parts = [
+            jax.device_get(
+                sampler.draw_ahead(key, rows, jnp.asarray(examples.heatmaps(rows)), number)
+            )
+            for rows in _progress(examples, "drawing candidates")
+        ]
+        inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    arrays = None if inputs is None else TrainingArrays(examples.pose_mm, inputs)
+    return TrainingData(examples, arrays, seed)
+
+
+def _all_heatmaps(examples: Examples) -> Float[np.ndarray, "N J H W"]:
+    heatmaps = np.empty((len(examples), *MAPS_SHAPE), np.float16)
+    for rows in _progress(examples, "reading heatmaps"):
+        heatmaps[rows] = examples.heatmaps(rows)
+    return heatmaps
+
+
+def _progress(examples: Examples, what: str) -> Iterator[np.ndarray]:
+    """Rows of all examples, 32 at a time, with a bar."""
+    hidden = not distributed.is_first()
+    with tqdm(total=len(examples), desc=what, unit=" images", disable=hidden) as bar:
+        for rows in examples.batches(32):
+            yield rows
+            bar.update(len(rows))
 
 
 @functools.lru_cache(maxsize=2)

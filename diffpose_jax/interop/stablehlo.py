@@ -32,10 +32,10 @@ from jax import Array
 from jax import export as jax_export
 
 from diffpose_jax.config import ConfigError
+from diffpose_jax.inference import Model
 from diffpose_jax.io import extras, files
 from diffpose_jax.io.trees import CheckpointError
-from diffpose_jax.method import diffusion
-from diffpose_jax.method.network import Model
+from diffpose_jax.method.sampling import Steps
 from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, MPII_JOINTS, NUM_HEATMAPS
 
 FORMAT = "diffpose_jax sampler 1"
@@ -44,35 +44,28 @@ PLATFORMS = ("cpu", "cuda")
 """What the program runs on; it works in larger passes where that is no CPU."""
 
 
-def build(model: Model, num_hypotheses: int, solver: str = "ddpm") -> dict[str, bytes]:
-    """Traces and lowers the sampler.
+def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:
+    """Traces and lowers the sampler; gives the files of the folder by their names, for `write`.
 
     Args:
       model: the model.
       num_hypotheses: M.
-      solver: of the reverse process, see `diffusion.reverse_steps`.
-
-    Returns:
-      The files of the folder, by their names, for `write`.
+      solver: of the reverse process, see `Model.parse_solver`.
 
     Raises:
-      ConfigError: for M < 1 or an unknown solver.
+      ConfigError: for M < 1.
       MissingExtraError: without flatbuffers, with which `jax.export` writes.
     """
     extras.load("flatbuffers", "stablehlo")
     if num_hypotheses < 1:
         raise ConfigError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
-    try:
-        diffusion.reverse_steps(model.network.schedule, solver)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
     def sampler(parameters: Mapping[str, Array], seed: Array, heatmaps: Array) -> Array:
         params = jax.tree_util.tree_map_with_path(
             lambda path, _: parameters[_name(path)], model.params
         )
         key = jax.random.key(seed)
-        return model.network.sample(params, key, heatmaps, num_hypotheses, solver=solver)
+        return model.network.draw(params, key, solver, heatmaps, num_hypotheses).poses_mm
 
     parameters = {
         _name(path): np.asarray(leaf)
@@ -89,7 +82,7 @@ def build(model: Model, num_hypotheses: int, solver: str = "ddpm") -> dict[str, 
     npz = io.BytesIO()
     arrays: dict[str, Any] = parameters
     np.savez(npz, **arrays)
-    description = _description(exported, num_hypotheses, solver)
+    description = _description(exported, num_hypotheses, solver.name)
     return {
         "sampler.stablehlo": bytes(exported.serialize()),
         "parameters.npz": npz.getvalue(),
@@ -99,11 +92,7 @@ def build(model: Model, num_hypotheses: int, solver: str = "ddpm") -> dict[str, 
 
 
 def write(directory: str | Path, contents: dict[str, bytes]) -> None:
-    """Writes the folder: whole or not at all.
-
-    Args:
-      directory: the folder, which must not be there yet.
-      contents: of `build`.
+    """Writes what `build` gave as a new folder: whole or not at all.
 
     Raises:
       CheckpointError: if the folder is there already.

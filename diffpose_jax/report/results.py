@@ -3,85 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import logging
 from jax import Array
+from jaxtyping import Bool, Int, Key
 from matplotlib.figure import Figure
 
-from diffpose_jax import distributed as devices
-from diffpose_jax.config import ConfigError
+from diffpose_jax import distributed, inference
+from diffpose_jax.config import Config, ConfigError
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
-from diffpose_jax.evaluation import aggregation
-from diffpose_jax.evaluation import baselines as controls
-from diffpose_jax.evaluation import evaluate as evaluation
-from diffpose_jax.evaluation.aggregation import Calibration
-from diffpose_jax.evaluation.baselines import Controls
-from diffpose_jax.io import files, scalars, trees
-from diffpose_jax.method import diffusion
-from diffpose_jax.method.network import Model
-from diffpose_jax.report import figures as plotting
-from diffpose_jax.report import page as report
-from diffpose_jax.report import published, tables
-from diffpose_jax.training import checkpoints
-
-CONTROLS = "controls.npz"
-"""The file in a run's folder with the controls."""
+from diffpose_jax.evaluation import evaluate, fitting
+from diffpose_jax.inference import Model
+from diffpose_jax.io import files, scalars
+from diffpose_jax.report import figures, page, published, tables
 
 
 def evaluate_run(
     checkpoint: Path,
     output: Path,
-    protocol: ml_collections.ConfigDict | None = None,
+    protocol: Config | None = None,
     num_hypotheses: Sequence[int] = (),
     data_dir: str | None = None,
     solver: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a model on a test split; fits the controls first if they are not there.
+    """Evaluates a model on a test split; fits the baselines first if they are not there.
 
     Args:
       checkpoint: a run's folder, or an export.
-      output: where results.json, the tables, figures/, report.html, controls.npz and
+      output: where results.json, the tables, figures/, report.html, baselines.npz and
         calibration.json go.
-      protocol: a configuration whose `data` and `evaluation` say on what and how; by default the
-        model's own, as it was when the training began.
+      protocol: its `data` and `evaluation` say on what and how; by default the model's own
+        configuration, as it was when the training began.
       num_hypotheses: one or several M, evaluated in one pass; by default what the protocol says.
         The most of them are in results.json and the report, fewer in results_M.json.
       data_dir: where prepared data sets lie; by default where TFDS keeps them.
-      solver: of the reverse process, see `diffusion.reverse_steps`; by default what the protocol
-        says.
+      solver: of the reverse process; by default what the protocol says.
 
     Returns:
       The content of results.json.
 
     Raises:
       CheckpointError: if the checkpoint cannot be read, or what was fitted to it.
-      ConfigError: for a protocol that does not fit the data set.
+      ConfigError: for a protocol that does not fit the data set, or an unknown solver.
     """
-    model = checkpoints.load(checkpoint, protocol and protocol.evaluation.weights)
+    model = inference.load(checkpoint, protocol and protocol.evaluation.weights)
     config = model.config
     protocol = protocol or config
     settings = protocol.evaluation
-    model = dataclasses.replace(model, solver=solver or settings.get("solver", model.solver))
-    try:
-        diffusion.reverse_steps(model.network.schedule, model.solver)
-    except ValueError as error:
-        raise ConfigError(f"config.evaluation.solver: {error}") from error
+    model = dataclasses.replace(model, default_solver=model.parse_solver(solver or settings.solver))
     counts = sorted(set(num_hypotheses or (settings.num_hypotheses,)), reverse=True)
     # Apart from the keys of the training, which are split from the key of the seed itself.
-    controls_key, evaluation_key, calibration_key = jax.random.split(
+    baselines_key, evaluation_key, calibration_key = jax.random.split(
         jax.random.key(config.seed + 1_000_000), 3
     )
-    with devices.first_process_first("data"):
+    with distributed.first_process_first("data"):
         test = pipeline.load(protocol.data, "test", data_dir)
     if unknown := [key for key in settings.group_by if key not in test.groups]:
         raise ConfigError(
@@ -89,31 +71,29 @@ def evaluate_run(
             f" {', '.join(test.groups)}"
         )
     trained_on = model.data_fingerprint
-    if protocol.data.name == config.data.name:
-        warn_of_other_data(checkpoint, config.data.name, trained_on, test.fingerprint)
+    if protocol.data.name == config.data.name and trained_on not in ("", test.fingerprint):
+        logging.warning(
+            "%s was trained on a %s with other content (fingerprint %s) than the one here (%s)",
+            *(checkpoint, config.data.name, trained_on, test.fingerprint),
+        )
     fitted_on = {
         "data": test.fingerprint if protocol.data == config.data else trained_on,
         "calibration_share": config.data.calibration_share,
         "seed": config.seed,
     }
-    # Without the frames that calibrate: what the model was trained on.
-    train = functools.cache(
-        lambda: pipeline.hold_out(
-            pipeline.load(config.data, "train", data_dir), config.data.calibration_share
-        )
-    )
+    train, folders = fitting.training_split(config, data_dir), (output, checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    folders = (output, checkpoint)
-    with devices.first_process_first("controls and calibration"):
-        fitted = _controls(controls_key, train, settings, fitted_on, folders)
-        calibration = _calibration(calibration_key, train, model, settings, fitted_on, folders)
-
-    ambiguous = ambiguous_frames(test, settings)
+    with distributed.first_process_first("baselines and calibration"):
+        baselines = fitting.baselines(baselines_key, train, settings, fitted_on, folders)
+        calibration = fitting.radius_calibration(
+            calibration_key, train, model, settings, fitted_on, folders
+        )
+    ambiguous = fitting.ambiguous_frames(test, settings)
     counted = np.ones(len(test), bool) if test.counted is None else test.counted
-    contents = evaluation.evaluate(
+    contents = evaluate.evaluate(
         evaluation_key,
         model,
-        fitted,
+        baselines,
         test,
         {"all": counted, "ambiguous": ambiguous},
         num_hypotheses=counts,
@@ -123,7 +103,7 @@ def evaluate_run(
         pose=settings.pose,
     )
     results = contents[counts[0]]
-    if not devices.is_first():
+    if not distributed.is_first():
         return results
     for count in counts[1:]:
         files.write_json(output / f"results_{count}.json", contents[count])
@@ -132,116 +112,17 @@ def evaluate_run(
 
     rows = report_rows(ambiguous, settings.report_frames)
     names = [test.names[row] + ", ambiguous" * bool(ambiguous[row]) for row in rows]
-    examples = draw_examples(evaluation_key, model, test, rows, names, counts[0])
+    # With the key of the evaluation: what is shown are the hypotheses that were measured.
+    key = evaluate.hypotheses_key(evaluation_key)
+    examples = draw_examples(key, model, test, rows, names, counts[0])
     write_report(checkpoint, output, results, config, examples)
     return results
 
 
-def warn_of_other_data(checkpoint: Path, name: str, trained_on: str, found: str) -> None:
-    """Warns if a model was trained on a data set of the same name with another fingerprint."""
-    if trained_on not in ("", found):
-        logging.warning(
-            "%s was trained on a %s with other content (fingerprint %s) than the one here (%s)",
-            *(checkpoint, name, trained_on, found),
-        )
-
-
-def _controls(
-    key: Array,
-    train: Callable[[], tuple[Examples, Examples | None]],
-    settings: ml_collections.ConfigDict,
-    fitted_on: dict[str, Any],
-    folders: tuple[Path, ...],
-) -> Controls | None:
-    """The controls from the first folder that has them, or fitted now and written to the first.
-
-    Those in a folder were perhaps fitted with other settings, or to other data: then they are
-    fitted anew.
-    """
-    if not settings.controls:
-        return None
-    fitted_on = fitted_on | {
-        name: settings[name] for name in settings if name.startswith("regression_")
-    }
-    for folder in folders:
-        path = folder / CONTROLS
-        if path.is_file():
-            fitted, was_fitted_on = controls.load(path)
-            if aggregation.is_as_fitted(path, was_fitted_on, fitted_on):
-                return fitted
-    fitted = evaluation.fit_controls(key, train()[0], settings)
-    controls.save(folders[0] / CONTROLS, fitted, fitted_on)
-    return fitted
-
-
-def _calibration(
-    key: Array,
-    train: Callable[[], tuple[Examples, Examples | None]],
-    model: Model,
-    settings: ml_collections.ConfigDict,
-    fitted_on: dict[str, Any],
-    folders: tuple[Path, ...],
-) -> Calibration:
-    """The calibration, likewise; an uncalibrated one if no recordings were held out for it."""
-    fitted_on = fitted_on | {
-        "parameters": trees.check_sum(model.params),
-        "num_hypotheses": settings.num_hypotheses,
-        "level": settings.radius_level,
-        "solver": model.solver,
-    }
-    for folder in folders:
-        found = aggregation.read_calibration(folder, settings.pose, fitted_on)
-        if found is not None:
-            return found
-    held_out = train()[1] if model.config.data.calibration_share else None
-    if held_out is None:
-        return aggregation.uncalibrated(settings.radius_level)
-    calibration = evaluation.fit_calibration(
-        key,
-        model,
-        held_out,
-        pose=settings.pose,
-        level=settings.radius_level,
-        num_hypotheses=settings.num_hypotheses,
-        batch_size=settings.batch_size,
-    )
-    aggregation.write_calibration(folders[0], settings.pose, calibration, fitted_on)
-    return calibration
-
-
-def ambiguous_frames(test: Examples, settings: ml_collections.ConfigDict) -> np.ndarray:
-    """Marks the ambiguous frames (N,), as `config.evaluation.ambiguous` says.
-
-    Raises:
-      ConfigError: if the data set has no list of its own, or the file of names does not fit.
-    """
-    if settings.ambiguous == "rule":
-        return evaluation.ambiguous_frames(test, settings.ambiguous_sigma_px, settings.batch_size)
-    if settings.ambiguous == "stored":
-        if test.ambiguous is None:
-            raise ConfigError(
-                "config.evaluation.ambiguous: the data set marks no frames; take 'rule' or a file"
-            )
-        return test.ambiguous
-    path = Path(settings.ambiguous)
-    if not path.is_file():
-        raise ConfigError(
-            f"config.evaluation.ambiguous: must be rule, stored, or a file; there is no {path}"
-        )
-    listed = {line.strip() for line in path.read_text(errors="replace").splitlines()}
-    listed -= {""}
-    if unknown := sorted(listed - set(test.names.tolist())):
-        raise ConfigError(
-            f"{path}: no frame of the test split is named {unknown[0]!r:.200} ({len(unknown)} names"
-            f" are unknown); names are like {str(test.names[0])!r}"
-        )
-    return np.isin(test.names, sorted(listed))
-
-
-_METHOD_NAMES = {
+METHOD_NAMES = {
     **{
         name: f"DiffPose, one pose: {method.replace('_', ' ')}"
-        for name, method in evaluation.SINGLE_POSES.items()
+        for name, method in evaluate.SINGLE_POSES.items()
     },
     "gaussian": "Gaussian draws around the regression",
     "regression": "regression from the argmax joints",
@@ -251,12 +132,12 @@ _PUBLISHED = {("human36m", "all"): published.H36M, ("human36m", "ambiguous"): pu
 
 
 def make_tables(
-    contents: dict[int, dict[str, Any]], protocol: ml_collections.ConfigDict
+    contents: dict[int, dict[str, Any]], protocol: Config
 ) -> dict[str, tuple[str, tables.Table]]:
     """Tables of all methods, by subset and by group.
 
     Args:
-      contents: what `evaluation.evaluate` gives.
+      contents: what `evaluate.evaluate` gives.
       protocol: its `data.name` says which published rows stand below ours, its
         `evaluation.group_metrics` which metrics get a table by group.
 
@@ -278,9 +159,10 @@ def make_tables(
             columns = (*of_key, "mean", "all frames")
             found: dict[str, dict[str, list[float]]] = {}
             for column in columns:
-                for name, metrics in _rows(
-                    {count: _of_group(content, key, column) for count, content in contents.items()}
-                ):
+                of_column = {
+                    count: _of_group(content, key, column) for count, content in contents.items()
+                }
+                for name, metrics in _rows(of_column):
                     found.setdefault(name, {})[column] = [metrics[metric]]
             if (protocol.data.name, key, metric) == ("mpi_inf_3dhp", "scene", "pck150_best"):
                 by_scene = published.MPI_INF_3DHP_PCK
@@ -291,9 +173,7 @@ def make_tables(
     return made
 
 
-def write_tables(
-    output: Path, contents: dict[int, dict[str, Any]], protocol: ml_collections.ConfigDict
-) -> None:
+def write_tables(output: Path, contents: dict[int, dict[str, Any]], protocol: Config) -> None:
     """Writes tables.md and each table in it as a CSV file, see `make_tables`."""
     made = make_tables(contents, protocol)
     for name, (_, table) in made.items():
@@ -310,10 +190,10 @@ def _of_group(content: dict[str, Any], key: str, column: str) -> dict[str, Any]:
 
 
 def _rows(of_counts: dict[int, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, metrics) of the model at each number of hypotheses, then of the controls."""
+    """(name, metrics) of the model at each number of hypotheses, then of the other methods."""
     for count, methods in of_counts.items():
         yield f"DiffPose, {count} hypotheses", methods["model"]
-    for method, name in _METHOD_NAMES.items():
+    for method, name in METHOD_NAMES.items():
         if method in methods:
             yield name, methods[method]
 
@@ -322,7 +202,7 @@ def _single(metrics: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [value] for name, value in metrics.items() if isinstance(value, float)}
 
 
-def report_rows(ambiguous: np.ndarray, num_frames: int) -> np.ndarray:
+def report_rows(ambiguous: Bool[np.ndarray, " N"], num_frames: int) -> Int[np.ndarray, " n"]:
     """Frames for the report, evenly spread: half of them ambiguous ones, if there are as many."""
     parts = []
     for subset, count in ((ambiguous, num_frames // 2), (~ambiguous, num_frames - num_frames // 2)):
@@ -332,79 +212,73 @@ def report_rows(ambiguous: np.ndarray, num_frames: int) -> np.ndarray:
 
 
 def draw_examples(
-    key: Array,
+    key: Key[Array, ""],
     model: Model,
     test: Examples,
-    rows: np.ndarray,
+    rows: Int[np.ndarray, " n"],
     names: list[str],
     num_hypotheses: int,
-) -> list[report.ReportExample]:
-    """Samples frames and draws their figures."""
-    maps = jnp.asarray(test.heatmaps(rows))
-    hypotheses_mm = np.asarray(model.sample(key, maps, num_hypotheses))
-    candidates = jax.device_get(
-        jax.vmap(model.network.draw_candidates)(jax.random.split(key, len(rows)), maps)
-    )
-    xy = np.asarray(candidates.xy)
-    return [
-        report.ReportExample(
-            name=names[i],
-            hypotheses_mm=hypotheses_mm[i],
-            truth_mm=test.pose_mm[row],
-            figure=plotting.plot_example(
-                np.asarray(maps[i]),
-                xy[i],
-                np.asarray(candidates.likelihood[i]),
-                hypotheses_mm[i],
-                test.pose_mm[row],
-                title=names[i],
-            ),
+) -> list[page.ReportExample]:
+    """Draws hypotheses of frames, and figures of them."""
+    maps = test.heatmaps(rows)
+    drawn = jax.device_get(model.draw(key, maps, num_hypotheses))
+    examples = []
+    for i, row in enumerate(rows):
+        draw = jax.tree.map(lambda x, i=i: x[i], drawn)
+        figure = figures.plot_example(
+            maps[i], draw.candidates, draw.poses_mm, test.pose_mm[row], title=names[i]
         )
-        for i, row in enumerate(rows)
-    ]
+        examples.append(page.ReportExample(names[i], draw.poses_mm, test.pose_mm[row], figure))
+    return examples
 
 
 def write_report(
     run: Path,
     output: Path,
     results: dict[str, Any],
-    config: ml_collections.ConfigDict,
-    examples: list[report.ReportExample],
+    config: Config,
+    examples: list[page.ReportExample],
 ) -> None:
     """Writes figures/*.png and report.html."""
     folder = output / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "Error of the best of K hypotheses": plotting.plot_min_mpjpe(
-            plotting.min_mpjpe_curves(results)
+    curves = {
+        "Error of the best of K hypotheses": figures.plot_min_mpjpe(
+            figures.min_mpjpe_curves(results)
         )
     }
     lines = scalars.read_scalars(run / "metrics.jsonl")
     if lines:
-        figures["Training loss"] = plotting.plot_loss(
-            [line["step"] for line in lines], [line["loss"] for line in lines]
-        )
+        steps, losses = ([line[name] for line in lines] for name in ("step", "loss"))
+        curves["Training loss"] = figures.plot_loss(steps, losses)
     saved = [
-        (caption, plotting.save(figure, folder / f"{_file_name(caption)}.png"))
-        for caption, figure in figures.items()
+        (caption, figures.save(figure, folder / f"{_file_name(caption)}.png"))
+        for caption, figure in curves.items()
     ]
     examples = [
         dataclasses.replace(
-            example,
-            figure=plotting.save(example.figure, folder / f"example_{number}.png"),
+            example, figure=figures.save(example.figure, folder / f"example_{number}.png")
         )
-        if isinstance(example.figure, Figure)
-        else example
         for number, example in enumerate(examples, start=1)
+        if isinstance(example.figure, Figure)
     ]
-    report.write_report(
+    page.write_report(
         output / "report.html",
         title=f"DiffPose: {run.resolve().name}",
         results=results,
-        config_text=str(config),
+        config_text="\n".join(_lines(dataclasses.asdict(config))),
         figures=saved,
         examples=examples,
     )
+
+
+def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """A configuration as text, a field a line."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from _lines(value, f"{indent}  ")
+        else:
+            yield f"{indent}{name}: {value}"
 
 
 def _file_name(text: str) -> str:
@@ -420,7 +294,5 @@ def print_table(results: dict[str, Any]) -> None:
         for method, metrics in methods.items():
             if method != "frames":
                 cells = [metrics.get(column) for column in columns]
-                print(
-                    f"{method:28s}"
-                    + "".join(f"{'-':>15s}" if cell is None else f"{cell:15.3f}" for cell in cells)
-                )
+                cells = [f"{'-':>15s}" if c is None else f"{c:15.3f}" for c in cells]
+                print(f"{method:28s}" + "".join(cells))

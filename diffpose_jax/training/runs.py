@@ -62,7 +62,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_put_off() -> Iterator[Stop]:
+def deferred_stop() -> Iterator[Stop]:
     """Lets what runs in it finish its piece of work at SIGINT and SIGTERM.
 
     Gives what becomes true at the first signal, and raises `Stopped` at the end if one came. A

@@ -1,0 +1,187 @@
+"""What is fitted before an evaluation: baselines, the radius's calibration, the ambiguous frames.
+
+Baselines and calibration are kept in the run's folder, with what they were fitted on; they are
+fitted again when that has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Key
+from tqdm import tqdm
+
+from diffpose_jax.config import Config, ConfigError, EvaluationConfig
+from diffpose_jax.data import pipeline
+from diffpose_jax.data.pipeline import Examples
+from diffpose_jax.evaluation import ambiguity, calibration
+from diffpose_jax.evaluation import baselines as baselines_lib
+from diffpose_jax.evaluation.baselines import Baselines
+from diffpose_jax.evaluation.calibration import Calibration
+from diffpose_jax.evaluation.evaluate import regression_inputs
+from diffpose_jax.inference import Model
+from diffpose_jax.io.trees import check_sum
+
+BASELINES = "baselines.npz"
+"""The file in a run's folder with the baselines."""
+
+TrainingSplit = Callable[[], tuple[Examples, Examples | None]]
+"""Reads what the model was trained on, and the recordings that were held out for calibration."""
+
+
+def training_split(config: Config, data_dir: str | Path | None) -> TrainingSplit:
+    """The training split of a configuration, read when it is needed and then kept."""
+
+    @functools.cache
+    def read() -> tuple[Examples, Examples | None]:
+        examples = pipeline.load(config.data, "train", data_dir)
+        return pipeline.hold_out(examples, config.data.calibration_share)
+
+    return read
+
+
+def baselines(
+    key: Key[Array, ""],
+    train: TrainingSplit,
+    settings: EvaluationConfig,
+    fitted_on: dict[str, Any],
+    folders: tuple[Path, ...],
+) -> Baselines | None:
+    """The baselines from the first folder that has them, or fitted now and written to the first.
+
+    Args:
+      key: a random key.
+      train: the training split.
+      settings: `baselines` says whether any are wanted, `regression_*` how they are fitted.
+      fitted_on: what they depend on besides.
+      folders: the output's and the checkpoint's.
+    """
+    if not settings.baselines:
+        return None
+    how = {
+        "steps": settings.regression_steps,
+        "batch_size": settings.regression_batch_size,
+        "width": settings.regression_width,
+        "learning_rate": settings.regression_learning_rate,
+    }
+    fitted_on = fitted_on | {f"regression_{name}": value for name, value in how.items()}
+    for path in (folder / BASELINES for folder in folders):
+        if path.is_file():
+            found, was_fitted_on = baselines_lib.load(path)
+            if calibration.is_as_fitted(path, was_fitted_on, fitted_on):
+                return found
+    examples = train()[0]
+    inputs_of = jax.jit(regression_inputs)
+    inputs = [np.asarray(inputs_of(examples.heatmaps(rows))) for rows in examples.batches(256)]
+    fitted = baselines_lib.fit_baselines(key, np.concatenate(inputs), examples.pose_mm, **how)
+    baselines_lib.save(folders[0] / BASELINES, fitted, fitted_on)
+    return fitted
+
+
+def radius_calibration(
+    key: Key[Array, ""],
+    train: TrainingSplit,
+    model: Model,
+    settings: EvaluationConfig,
+    fitted_on: dict[str, Any],
+    folders: tuple[Path, ...],
+) -> Calibration:
+    """The calibration, likewise; an uncalibrated one if no recordings were held out for it."""
+    fitted_on = fitted_on | {
+        "parameters": check_sum(model.params),
+        "num_hypotheses": settings.num_hypotheses,
+        "level": settings.radius_level,
+        "solver": model.solver.name,
+    }
+    for folder in folders:
+        found = calibration.read_calibration(folder, settings.pose, fitted_on)
+        if found is not None:
+            return found
+    held_out = train()[1] if model.config.data.calibration_share else None
+    if held_out is None:
+        return calibration.uncalibrated(settings.radius_level)
+    fitted = fit_calibration(key, model, held_out, settings)
+    calibration.write_calibration(folders[0], settings.pose, fitted, fitted_on)
+    return fitted
+
+
+def fit_calibration(
+    key: Key[Array, ""],
+    model: Model,
+    held_out: Examples,
+    settings: EvaluationConfig,
+    max_frames: int = 1024,
+) -> Calibration:
+    """Fits the radius of the single pose on recordings that the model was not trained on.
+
+    Args:
+      key: a random key.
+      model: the model, which draws with its default solver.
+      held_out: the frames.
+      settings: the single pose, the level, the number of hypotheses and the batch size.
+      max_frames: at most so many frames are taken, evenly spread.
+    """
+    uncalibrated = calibration.uncalibrated(settings.radius_level)
+    number, size = min(len(held_out), max_frames), settings.batch_size
+    rows = np.linspace(0, len(held_out) - 1, number).astype(int)
+    parts = []
+    for start in tqdm(range(0, number, size), desc="calibrating", unit=" batches"):
+        # Of one size, so that one program is compiled.
+        maps = jnp.asarray(held_out.heatmaps(np.resize(rows[start : start + size], size)))
+        poses_mm = model.sample(key, maps, settings.num_hypotheses)
+        parts.append(
+            jax.device_get(calibration.choose(settings.pose, poses_mm, maps, uncalibrated)[:2])
+        )
+    chosen_mm, radii_mm = (np.concatenate(part)[:number] for part in zip(*parts, strict=True))
+    distances_mm = np.linalg.norm(chosen_mm - held_out.pose_mm[rows], axis=-1)
+    return calibration.fit_calibration(
+        distances_mm,
+        radii_mm,
+        settings.radius_level,
+        held_out.clips[rows],
+        solver=model.solver.name,
+        num_hypotheses=settings.num_hypotheses,
+    )
+
+
+def ambiguous_frames(test: Examples, settings: EvaluationConfig) -> Bool[np.ndarray, " N"]:
+    """Marks the ambiguous frames, as `config.evaluation.ambiguous` says.
+
+    By the "rule", those with a joint whose fitted Gaussian is wider than a threshold; as "stored" in
+    the data set; or those that a file names.
+
+    Raises:
+      ConfigError: if the data set has no list of its own, or the file of names does not fit.
+    """
+    if settings.ambiguous == "rule":
+        is_ambiguous, size = jax.jit(ambiguity.is_ambiguous), settings.batch_size
+        marks = [
+            is_ambiguous(test.heatmaps(np.resize(rows, size)), settings.ambiguous_sigma_px)
+            for rows in test.batches(size)
+        ]
+        return np.concatenate([np.asarray(mark) for mark in marks])[: len(test)]
+    if settings.ambiguous == "stored":
+        if test.ambiguous is None:
+            raise ConfigError(
+                "config.evaluation.ambiguous: the data set marks no frames; take 'rule' or a file"
+            )
+        return test.ambiguous
+    path = Path(settings.ambiguous)
+    if not path.is_file():
+        raise ConfigError(
+            f"config.evaluation.ambiguous: must be rule, stored, or a file; there is no {path}"
+        )
+    listed = {line.strip() for line in path.read_text(errors="replace").splitlines()} - {""}
+    if unknown := sorted(listed - set(test.names.tolist())):
+        raise ConfigError(
+            f"{path}: no frame of the test split is named {unknown[0]!r:.200} ({len(unknown)} names"
+            f" are unknown); names are like {str(test.names[0])!r}"
+        )
+    return np.isin(test.names, sorted(listed))
