@@ -42,7 +42,6 @@ from configs import h36m
 from diffpose_jax import config as config_lib
 from diffpose_jax.data import motion, pipeline, simulator
 from diffpose_jax.data import prepared as detections
-from diffpose_jax.data.motion import clips as mocap
 from diffpose_jax.data.prepared import Part
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.evaluation import metrics
@@ -337,8 +336,8 @@ class SyntheticDetections(detections.DetectionsBuilder):
 
 def _read_part(start: int) -> Iterator[detections.Columns]:
     rng = np.random.default_rng(start)
-    positions_mm = np.concatenate([clip.positions_mm for clip in mocap.load_embedded()])
-    config = motion.builder_config(motion.default_config())
+    positions_mm = np.concatenate([clip.positions_mm for clip in motion.load_embedded()])
+    config = motion.MotionConfig()
     for first in range(start, min(start + 1_000, EXAMPLES.value), 250):
         chosen = positions_mm[rng.integers(len(positions_mm), size=250)]
         made = motion.make_examples(rng, chosen, config)

@@ -9,7 +9,6 @@ import numpy as np
 from configs import h36m
 from diffpose_jax import config as config_lib
 from diffpose_jax.data import motion, pipeline
-from diffpose_jax.data.motion import clips as mocap
 from diffpose_jax.method import network as model
 
 
@@ -123,7 +122,7 @@ def random_heatmaps(seed, num_images):
 def write_motion(folder):
     """A few frames of the embedded motion as a user's folder: 24 for training, 8 for testing."""
     lengths = {"a": 12, "b": 12, "test/c": 8}
-    for clip, (name, length) in zip(mocap.load_embedded(), lengths.items(), strict=False):
+    for clip, (name, length) in zip(motion.load_embedded(), lengths.items(), strict=False):
         path = folder / f"{name}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, positions_mm=clip.positions_mm[:length], fps=clip.fps)

@@ -42,10 +42,9 @@ from test_skeletons import cmu_bvh, lafan1
 from test_tensorflow_js import TENSORS, content, entries
 
 from diffpose_jax import detectors
-from diffpose_jax.data import compact, lsp
+from diffpose_jax.data import compact, lsp, motion
 from diffpose_jax.data.human36m import raw, released, sequences
 from diffpose_jax.data.human36m import wehrbein as flow
-from diffpose_jax.data.motion import clips as mocap
 from diffpose_jax.data.motion.skeletons import CMU_BVH
 from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.detectors import tensorflow_js
@@ -144,16 +143,16 @@ def check_clip(clip):
 
 @target
 def motion_npz():
-    clip = mocap.load_embedded()[0]
+    clip = motion.load_embedded()[0]
     arrays = {"positions_mm": clip.positions_mm[:6], "fps": clip.fps}
     seeds = [npz(**arrays), compressed(**arrays)]
-    return Target({"a.npz": seeds}, {"a.npz": ZIPPED}, mocap.read_clip, check_clip)
+    return Target({"a.npz": seeds}, {"a.npz": ZIPPED}, motion.read_clip, check_clip)
 
 
 @target
 def bvh():
     seeds = [source(3).encode() for source in (cmu_bvh, lafan1)]
-    return Target({"a.bvh": seeds}, {"a.bvh": text}, mocap.read_clip, check_clip)
+    return Target({"a.bvh": seeds}, {"a.bvh": text}, motion.read_clip, check_clip)
 
 
 @target
@@ -162,7 +161,7 @@ def asf_amc():
     return Target(
         {"02.asf": [asf.encode()], "02_01.amc": [amc.encode()]},
         {"02.asf": text, "02_01.amc": text},
-        lambda path: mocap.read_clip(path.with_name("02_01.amc")),
+        lambda path: motion.read_clip(path.with_name("02_01.amc")),
         check_clip,
     )
 
@@ -179,7 +178,7 @@ def skeleton_json():
             "a.bvh": [cmu_bvh(6).encode()],
         },
         {"skeleton.json": json_object},
-        lambda path: mocap.read_clip(path.with_name("a.bvh")),
+        lambda path: motion.read_clip(path.with_name("a.bvh")),
         check_clip,
     )
 

@@ -27,10 +27,9 @@ from test_tensorflow_js import content, entries
 
 import experiments
 from diffpose_jax import config
-from diffpose_jax.data import hdf5, lsp
+from diffpose_jax.data import hdf5, lsp, motion
 from diffpose_jax.data.human36m import raw, released
 from diffpose_jax.data.human36m import wehrbein as flow
-from diffpose_jax.data.motion import clips as mocap
 from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.detectors import tensorflow_js
 from diffpose_jax.interop import torch_weights
@@ -77,7 +76,7 @@ def test_arrays_of_objects_run_no_code(tmp_path):
             with pytest.raises(ValueError, match=rf"{name} .* Python objects, which are not load"):
                 read(tmp_path / name)
     with pytest.raises(ValueError, match=r"a\.npz is not a motion file"):
-        mocap.read_clip(tmp_path / "a.npz")
+        motion.read_clip(tmp_path / "a.npz")
     assert not (tmp_path / "ran").exists()
     # The test itself can fail: NumPy runs it when it is told to trust the file.
     np.load(tmp_path / "a.npy", allow_pickle=True)

@@ -1,9 +1,8 @@
-"""Pinhole cameras like Human3.6M's, square crops and the coordinates of poses and heatmaps.
+"""Pinhole cameras like Human3.6M's, and the coordinates of poses.
 
 World coordinates are millimetres with z up; camera coordinates are millimetres with x right,
-y down and z forward, as in Human3.6M; pixels have x right and y down. Everything is numpy and
-vectorised over a leading batch axis B. Human3.6M's lens distortion (under 2 px at the people)
-is left out.
+y down and z forward, as in Human3.6M; pixels have x right and y down. Human3.6M's lens distortion
+(under 2 px at the people) is left out.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
-from diffpose_jax.skeleton import HEATMAP_SIZE
-
-CROP_SCALE = 1.2
-"""Side of a crop over the larger extent of the projected joints, as published."""
+from diffpose_jax.config import check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +21,14 @@ class CameraConfig:
     """Distribution of cameras around a person; the defaults follow Human3.6M's four cameras.
 
     Attributes:
-        focal_length_px_min: Smallest focal length (Human3.6M: 1143.5 to 1149.8 px).
-        focal_length_px_max: Largest focal length.
-        centre_x_px: Mean principal point, x (images of 1000 x 1000 px).
-        centre_y_px: Mean principal point, y.
-        centre_std_px: Standard deviation of the principal point on either axis.
-        distance_mm_min: Smallest horizontal distance of camera and subject.
-        distance_mm_max: Largest horizontal distance.
-        height_mm_min: Lowest camera above the floor.
-        height_mm_max: Highest camera above the floor.
-        offset_mm: Largest horizontal distance of the subject from the optical axis; what the
-            camera looks at is drawn uniformly in +- this, so people stand anywhere in the image.
-        target_height_mm_min: Lowest point above the floor at which a camera looks.
-        target_height_mm_max: Highest such point.
-        roll_std_degrees: Standard deviation of the rotation about the optical axis.
+      focal_length_px_min: Human3.6M has 1143.5 to 1149.8 px, in images of 1000 x 1000 px.
+      centre_x_px: mean of the principal point; `centre_std_px` is its spread on either axis.
+      distance_mm_min: horizontal distance of camera and subject.
+      height_mm_min: height of the camera above the floor.
+      offset_mm: largest horizontal distance of the subject from the optical axis. What the camera
+        looks at is drawn uniformly in +- this, so that people stand anywhere in the image.
+      target_height_mm_min: height above the floor of the point at which a camera looks.
+      roll_std_degrees: standard deviation of the rotation about the optical axis.
     """
 
     focal_length_px_min: float = 1143.0
@@ -54,46 +45,39 @@ class CameraConfig:
     target_height_mm_max: float = 1100.0
     roll_std_degrees: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_range(
+            self,
+            focal_length_px_min=(1, self.focal_length_px_max),
+            centre_std_px=(0, 1e4),
+            distance_mm_min=(1, self.distance_mm_max),
+            height_mm_min=(-1e5, self.height_mm_max),
+            offset_mm=(0, 1e5),
+            target_height_mm_min=(-1e5, self.target_height_mm_max),
+            roll_std_degrees=(0, 360),
+        )
+
 
 class Camera(NamedTuple):
-    """A batch of pinhole cameras.
+    """A batch of pinhole cameras; `rotation` is world to camera, its rows the camera's axes."""
 
-    Attributes:
-        rotation: (B, 3, 3), world to camera; its rows are the camera's axes in the world.
-        position_mm: (B, 3), the camera's centre in the world.
-        focal_px: (B,), focal length.
-        centre_px: (B, 2), principal point.
-    """
-
-    rotation: np.ndarray
-    position_mm: np.ndarray
-    focal_px: np.ndarray
-    centre_px: np.ndarray
+    rotation: Float[np.ndarray, "B 3 3"]
+    position_mm: Float[np.ndarray, "B 3"]
+    focal_px: Float[np.ndarray, " B"]
+    centre_px: Float[np.ndarray, "B 2"]
 
 
-class Crop(NamedTuple):
-    """A batch of square crops.
-
-    Attributes:
-        corner_px: (B, 2), the left upper corner, whole pixels.
-        side_px: (B,), the side, whole pixels.
-    """
-
-    corner_px: np.ndarray
-    side_px: np.ndarray
-
-
-def look_at(position_mm: np.ndarray, target_mm: np.ndarray, roll: np.ndarray) -> np.ndarray:
-    """Gives the rotation of cameras that look at a point.
+def look_at(
+    position_mm: Float[np.ndarray, "B 3"],
+    target_mm: Float[np.ndarray, "B 3"],
+    roll: Float[np.ndarray, " B"],
+) -> Float[np.ndarray, "B 3 3"]:
+    """Rotation, world to camera, of cameras whose optical axis goes through a point.
 
     Args:
-        position_mm: (B, 3), centres of the cameras in the world.
-        target_mm: (B, 3), the points in the world that the optical axes pass through; not
-            straight above or below the camera.
-        roll: (B,), rotation about the optical axis in radians.
-
-    Returns:
-        (B, 3, 3), world to camera (x right, y down, z forward).
+      position_mm: centres of the cameras.
+      target_mm: the points; not straight above or below the camera.
+      roll: rotation about the optical axis in radians.
     """
     forward = target_mm - position_mm
     forward = forward / np.linalg.norm(forward, axis=-1, keepdims=True)
@@ -105,18 +89,9 @@ def look_at(position_mm: np.ndarray, target_mm: np.ndarray, roll: np.ndarray) ->
 
 
 def sample_cameras(
-    rng: np.random.Generator, subjects_mm: np.ndarray, config: CameraConfig
+    rng: np.random.Generator, subjects_mm: Float[np.ndarray, "B 3"], config: CameraConfig
 ) -> Camera:
-    """Draws one camera for each subject, from any side of it (uniform azimuth).
-
-    Args:
-        rng: Source of randomness.
-        subjects_mm: (B, 3), where the subjects stand in the world; only x and y count.
-        config: The distribution of the cameras.
-
-    Returns:
-        The cameras.
-    """
+    """Draws a camera for each subject, from any side of it; of the subjects only x and y count."""
     batch = len(subjects_mm)
     azimuth = rng.uniform(0.0, 2.0 * np.pi, batch)
     distance = rng.uniform(config.distance_mm_min, config.distance_mm_max, batch)
@@ -136,23 +111,20 @@ def sample_cameras(
     return Camera(look_at(position, target, roll), position, focal, centre)
 
 
-def world_to_camera(points_mm: np.ndarray, camera: Camera) -> np.ndarray:
-    """Changes points (B, J, 3) from world to camera coordinates, millimetres."""
+def world_to_camera(
+    points_mm: Float[np.ndarray, "B N 3"], camera: Camera
+) -> Float[np.ndarray, "B N 3"]:
+    """Points of the world in camera coordinates."""
     return (points_mm - camera.position_mm[:, None]) @ camera.rotation.swapaxes(1, 2)
 
 
-def project(points_camera_mm: np.ndarray, camera: Camera) -> np.ndarray:
-    """Projects points onto the image.
-
-    Args:
-        points_camera_mm: (B, J, 3), camera coordinates.
-        camera: The cameras.
-
-    Returns:
-        (B, J, 2), pixels.
+def project(
+    points_camera_mm: Float[np.ndarray, "B N 3"], camera: Camera
+) -> Float[np.ndarray, "B N 2"]:
+    """Points in camera coordinates as pixels of the image.
 
     Raises:
-        ValueError: If a point lies less than 100 mm before the camera, or behind it.
+      ValueError: if a point lies less than 100 mm before the camera, or behind it.
     """
     nearest = float(points_camera_mm[..., 2].min(initial=np.inf))
     if nearest < 100.0:
@@ -164,49 +136,6 @@ def project(points_camera_mm: np.ndarray, camera: Camera) -> np.ndarray:
     return xy * camera.focal_px[:, None, None] + camera.centre_px[:, None]
 
 
-def square_crop(keypoints_px: np.ndarray, scale: float = CROP_SCALE) -> Crop:
-    """Cuts the published preprocessing's crop around projected joints.
-
-    The square is centred on the joints' bounding box, its side is `scale` times the box's larger
-    extent, corner and side are rounded to whole pixels. The published program takes all 32 joints
-    of the raw files; here it is Human3.6M's 17, which differ by toes and fingers.
-
-    Args:
-        keypoints_px: (B, J, 2), projected joints.
-        scale: Side over the larger extent.
-
-    Returns:
-        The crops; they may reach beyond the image.
-    """
-    low, high = keypoints_px.min(axis=1), keypoints_px.max(axis=1)
-    side = np.maximum(np.round(scale * (high - low).max(axis=-1)), 1.0)
-    return Crop(np.round((low + high) / 2 - side[:, None] / 2), side)
-
-
-def to_heatmap(keypoints_px: np.ndarray, crop: Crop) -> np.ndarray:
-    """Changes image pixels into heatmap cells.
-
-    A cell's value belongs to the whole-number coordinate: the argmax of an exact detector stands
-    in column `round(x)`, as in the targets that HRNet is trained on.
-
-    Args:
-        keypoints_px: (B, J, 2), pixels.
-        crop: What the heatmap covers, in 64 x 64 cells.
-
-    Returns:
-        (B, J, 2), x (column) and y (row) in cells; outside [-0.5, 63.5) is outside the heatmap.
-    """
-    cells = HEATMAP_SIZE * (keypoints_px - crop.corner_px[:, None])
-    return cells / crop.side_px[:, None, None]
-
-
-def output_pose(points_camera_mm: np.ndarray) -> np.ndarray:
-    """Changes camera coordinates into the poses that the project works with.
-
-    Args:
-        points_camera_mm: (B, 17, 3), camera coordinates, the hip first.
-
-    Returns:
-        (B, 17, 3), millimetres from the hip; x right, y up, z towards the camera.
-    """
+def output_pose(points_camera_mm: Float[np.ndarray, "B N 3"]) -> Float[np.ndarray, "B N 3"]:
+    """Camera coordinates as the poses of this package: from the hip, the first joint; y up."""
     return (points_camera_mm - points_camera_mm[:, :1]) * np.array([1.0, -1.0, -1.0])

@@ -11,20 +11,23 @@ rendered by one batched matrix product. The blobs of a joint are
   one on a neighbour along the skeleton, one on clutter;
 * very wide and faint background of either sign.
 
-Errors of one image share its quality, so that some images are bad in many joints. What is real
-here is the geometry (who is hidden, what is cut off); the rest imitates HRNet's output and is
-calibrated on two figures: about 6.4 % of the frames have a joint whose fitted Gaussian is wider
-than 5 px (the published share in Human3.6M's test set), and the error of the argmax.
+Errors of one image share its quality, so that some images are bad in many joints. The geometry is
+real (who is hidden, what is cut off); the rest imitates HRNet's output and is calibrated on two
+figures: about 6.4 % of the frames have a joint whose fitted Gaussian is wider than 5 px (the
+published share in Human3.6M's test set), and the error of the argmax.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
 
+from diffpose_jax.config import check_range
 from diffpose_jax.skeleton import (
     HEATMAP_SIZE,
     MPII_BONES,
@@ -60,35 +63,31 @@ _BODY_PARTS: tuple[tuple[str, str, float], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class SimulatorConfig:
-    """Parameters of the simulated detector. Lengths are heatmap cells, chances lie in [0, 1].
+    """Parameters of the simulated detector: lengths are heatmap cells, chances lie in [0, 1].
+
+    A hidden joint (behind another part of the body) is "unsure" with the chance `hidden_unsure`;
+    the fields `hidden_*` and `*_hidden` are for those, the others for all other joints.
 
     Attributes:
-        quality_std: Spread (log) of an image's quality factor, which multiplies all errors and
-            chances of failure in it.
-        error: Scale of the localisation error of a visible joint of average difficulty.
-        error_tail: Degrees of freedom of the error's Student distribution: small is heavy-tailed.
-        amplitude: Typical height of a visible joint's mode.
-        amplitude_std: Spread of that height.
-        sigma: Typical width of a visible joint's mode.
-        sigma_std: Spread (log) of the width, separately on both axes.
-        occlusion_margin_mm: How much nearer to the camera than a joint the axis of a body part
-            must be to hide it.
-        hidden_unsure: Chance that a hidden joint is not localised as well as a visible one.
-        hidden_error: Factor on the error of such a joint.
-        hidden_spread: Mean of the exponentially distributed widening of its mode: the width is
-            multiplied by 1 + widening, the height falls accordingly.
-        cut_amplitude: Mean height of the low flat mode of a joint outside the crop.
-        missed: Chance that a visible joint is missed: nothing but an almost flat map.
-        missed_hidden: The same for an unsure hidden joint.
-        confusion: Chance that the detector confuses the two arms, or the two legs, of a person
-            seen from the front.
-        confusion_behind: The same for a person seen from behind; in between it is interpolated.
-        neighbour: Chance of a second mode on a neighbouring joint.
-        neighbour_hidden: The same for an unsure hidden joint.
-        clutter: Chance of a second mode anywhere.
-        clutter_hidden: The same for an unsure hidden joint.
-        second_amplitude: Mean height of a neighbour's or clutter's mode relative to `amplitude`.
-        background: Standard deviation of the amplitudes of the background blobs.
+      quality_std: spread (log) of an image's quality factor, which multiplies all errors and
+        chances of failure in it.
+      error: scale of the localisation error of a joint of average difficulty.
+      error_tail: degrees of freedom of the error's Student distribution: small is heavy-tailed.
+      amplitude: typical height of a joint's mode; `sigma` is its typical width, whose spread
+        `sigma_std` (log) is drawn separately for both axes.
+      occlusion_margin_mm: how much nearer to the camera than a joint the axis of a body part must
+        be to hide it.
+      hidden_error: factor on the error.
+      hidden_spread: mean of the exponentially distributed widening of the mode: the width is
+        multiplied by 1 + widening, the height falls accordingly.
+      cut_amplitude: mean height of the low flat mode of a joint outside the crop.
+      missed: chance that there is nothing but an almost flat map.
+      confusion: chance that the detector confuses the two arms, or the two legs, of a person
+        seen from the front; from behind it is `confusion_behind`, in between interpolated.
+      neighbour: chance of a second mode on a neighbouring joint.
+      clutter: chance of a second mode anywhere.
+      second_amplitude: mean height of a neighbour's or clutter's mode relative to `amplitude`.
+      background: standard deviation of the amplitudes of the background blobs.
     """
 
     quality_std: float = 0.35
@@ -114,29 +113,38 @@ class SimulatorConfig:
     second_amplitude: float = 0.35
     background: float = 0.003
 
+    def __post_init__(self) -> None:
+        chances = ["hidden_unsure", "missed", "missed_hidden", "confusion", "confusion_behind"]
+        chances += ["neighbour", "neighbour_hidden", "clutter", "clutter_hidden"]
+        check_range(
+            self,
+            **dict.fromkeys(chances, (0, 1)),
+            **dict.fromkeys(("error_tail", "sigma"), (1e-3, 1e6)),
+            **dict.fromkeys(("quality_std", "sigma_std", "amplitude_std"), (0, 10)),
+            **dict.fromkeys(("error", "hidden_error", "hidden_spread", "background"), (0, 1e3)),
+            **dict.fromkeys(("amplitude", "cut_amplitude", "second_amplitude"), (0, 1e3)),
+        )
+
 
 class Detections(NamedTuple):
     """What the simulated detector gives for a batch.
 
     Attributes:
-        blobs: (B, 16, R, 5) float32, see `render`; MPII order.
-        hidden: (B, 16), whether the joint lies behind another part of the body.
+      blobs: see `render`; joints in MPII order.
+      hidden: whether the joint lies behind another part of the body.
     """
 
-    blobs: np.ndarray
-    hidden: np.ndarray
+    blobs: Float[np.ndarray, "B 16 R 5"]
+    hidden: Bool[np.ndarray, "B 16"]
 
 
-def render(blobs: Any, xp: ModuleType = np) -> Any:
-    """Renders heatmaps from blobs.
+def render(
+    blobs: Float[Array | np.ndarray, "*B R 5"], xp: ModuleType = np
+) -> Float[Array | np.ndarray, "*B 64 64"]:
+    """Renders heatmaps (row = y, column = x), with `xp` = `jax.numpy` on the device.
 
-    Args:
-        blobs: (..., R, 5): amplitude, x, y, sigma_x, sigma_y, in heatmap cells.
-        xp: `numpy`, or `jax.numpy` to render on the device.
-
-    Returns:
-        (..., 64, 64), row = y, column = x: the sum over the R blobs of
-        amplitude exp(-(column - x)^2 / 2 sigma_x^2 - (row - y)^2 / 2 sigma_y^2).
+    A heatmap is the sum over its R blobs (amplitude, x, y, sigma_x, sigma_y) of
+    amplitude exp(-(column - x)^2 / 2 sigma_x^2 - (row - y)^2 / 2 sigma_y^2).
     """
     cells = xp.arange(HEATMAP_SIZE, dtype=blobs.dtype)
     cells = cells.reshape((1,) * blobs.ndim + (HEATMAP_SIZE,))
@@ -146,20 +154,15 @@ def render(blobs: Any, xp: ModuleType = np) -> Any:
     return xp.matmul(xp.swapaxes(factors[..., 1, :], -1, -2), columns)
 
 
-def hidden_joints(joints_mm: np.ndarray, margin_mm: float) -> np.ndarray:
-    """Finds the joints that lie behind another part of the body, from the geometry.
+def hidden_joints(
+    joints_mm: Float[np.ndarray, "B 16 3"], margin_mm: float
+) -> Bool[np.ndarray, "B 16"]:
+    """Finds the joints (MPII order, camera coordinates) behind another part of the body.
 
     The parts are capsules around the bones. A part hides a joint that is not one of its ends if
     the ray from the camera to the joint passes within the part's radius of its axis (measured
     where the projected axis comes nearest to the projected joint) and the axis is there nearer to
     the camera than the joint by the margin.
-
-    Args:
-        joints_mm: (B, 16, 3), camera coordinates (z forward), MPII order.
-        margin_mm: The margin.
-
-    Returns:
-        (B, 16) bool.
     """
     depth = joints_mm[..., 2]
     plane = joints_mm[..., :2] / depth[..., None]
@@ -178,15 +181,8 @@ def hidden_joints(joints_mm: np.ndarray, margin_mm: float) -> np.ndarray:
     return hidden
 
 
-def seen_from_behind(joints_mm: np.ndarray) -> np.ndarray:
-    """Tells how far people are turned away from the camera.
-
-    Args:
-        joints_mm: (B, 16, 3), camera coordinates, MPII order.
-
-    Returns:
-        (B,), 0 for a person who faces the camera, 0.5 in profile, 1 from behind.
-    """
+def seen_from_behind(joints_mm: Float[np.ndarray, "B 16 3"]) -> Float[np.ndarray, " B"]:
+    """How far people are turned away: 0 faces the camera, 0.5 in profile, 1 from behind."""
     rhip, lhip = MPII_JOINTS.index("RHip"), MPII_JOINTS.index("LHip")
     pelvis, thorax = MPII_JOINTS.index("Pelvis"), MPII_JOINTS.index("Thorax")
     to_left = joints_mm[:, lhip] - joints_mm[:, rhip]
@@ -198,7 +194,7 @@ def seen_from_behind(joints_mm: np.ndarray) -> np.ndarray:
 
 
 def _neighbours() -> np.ndarray:
-    """Gives (16, 2): two neighbours along the skeleton; joints at an end have one, twice."""
+    """(16, 2): two neighbours along the skeleton; joints at an end have one, twice."""
     adjacent: list[list[int]] = [[] for _ in range(NUM_HEATMAPS)]
     for i, j in MPII_BONES:
         adjacent[i].append(j)
@@ -208,20 +204,17 @@ def _neighbours() -> np.ndarray:
 
 def simulate(
     rng: np.random.Generator,
-    points_camera_mm: np.ndarray,
-    keypoints_xy: np.ndarray,
+    points_camera_mm: Float[np.ndarray, "B 17 3"],
+    keypoints_xy: Float[np.ndarray, "B 17 2"],
     config: SimulatorConfig,
 ) -> Detections:
     """Simulates a detector on a batch of people.
 
     Args:
-        rng: Source of randomness; the same state gives the same detections.
-        points_camera_mm: (B, 17, 3), Human3.6M joints in camera coordinates (z forward).
-        keypoints_xy: (B, 17, 2), where they are in heatmap cells.
-        config: The detector.
-
-    Returns:
-        The detections.
+      rng: the same state gives the same detections.
+      points_camera_mm: Human3.6M's joints in camera coordinates (z forward).
+      keypoints_xy: where they are in heatmap cells.
+      config: the detector.
     """
     joints_mm = points_camera_mm[:, MPII_TO_H36M]
     truth = keypoints_xy[:, MPII_TO_H36M]
@@ -301,6 +294,9 @@ def simulate(
     return Detections(np.stack(blobs, axis=2).astype(np.float32), hidden)
 
 
-def _blob(amplitude: np.ndarray, centre: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Joins (B, 16), (B, 16, 2), (B, 16, 2) to (B, 16, 5)."""
+def _blob(
+    amplitude: Float[np.ndarray, "B 16"],
+    centre: Float[np.ndarray, "B 16 2"],
+    sigma: Float[np.ndarray, "B 16 2"],
+) -> Float[np.ndarray, "B 16 5"]:
     return np.concatenate([amplitude[..., None], centre, sigma], axis=-1)

@@ -1,38 +1,57 @@
-"""Square crops out of pictures, and between pixels of a picture and cells of a heatmap.
+"""Square crops: around joints, out of pictures, and their pixels as cells of a heatmap.
 
-Pixels have x right and y down. A crop is a corner (left, upper) and a side in whole pixels; it
-may reach beyond the picture. A heatmap covers its crop with 64 x 64 cells whose values belong to
-whole-number coordinates, without a half-pixel shift, as in the targets that HRNet is trained on.
+Pixels have x right and y down. A crop may reach beyond the picture. A heatmap covers its crop with
+64 x 64 cells whose values belong to whole-number coordinates, without a half-pixel shift, as in the
+targets that HRNet is trained on: the argmax of an exact detector stands in column `round(x)`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from jaxtyping import Float, Real, UInt8
 from PIL import Image
 
 from diffpose_jax.skeleton import HEATMAP_SIZE
 
+CROP_SCALE = 1.2
+"""Side of a crop over the larger extent of the projected joints, as published."""
+
+
+class Crop(NamedTuple):
+    """A batch of square crops: left upper corners (x, y) and sides, whole pixels."""
+
+    corner_px: Real[np.ndarray, "B 2"]
+    side_px: Real[np.ndarray, " B"]
+
+
+def square_crop(keypoints_px: Real[np.ndarray, "B N 2"], scale: float = CROP_SCALE) -> Crop:
+    """The crop of the published preprocessing around projected joints.
+
+    The square is centred on the joints' bounding box, and its side is `scale` times the box's
+    larger extent. The published program takes all 32 joints of the raw files, which differ from
+    Human3.6M's 17 by toes and fingers.
+    """
+    low, high = keypoints_px.min(axis=1), keypoints_px.max(axis=1)
+    side = np.maximum(np.round(scale * (high - low).max(axis=-1)), 1.0)
+    return Crop(np.round((low + high) / 2 - side[:, None] / 2), side)
+
 
 def square_crop_image(
-    image: np.ndarray, corner_px: np.ndarray, side_px: float, size: int
-) -> np.ndarray:
-    """Cuts a square out of a picture and resizes it.
+    image: np.ndarray,
+    corner_px: Real[np.ndarray, " 2"],
+    side_px: float | np.floating,
+    size: int,
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Cuts a square out of an RGB picture and resizes it; it is black beside the picture.
 
     Bilinear with antialiasing: where the crop shrinks, a pixel averages all that it covers. The
     published program resizes with torchvision, which does the same since its version 0.17 and
     took four neighbours alone before.
 
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        corner_px: (2,), x and y of the left upper corner, whole pixels.
-        side_px: The side, whole pixels.
-        size: Side of the result.
-
-    Returns:
-        (size, size, 3) uint8; black where the square lies outside of the picture.
-
     Raises:
-        ValueError: If the image is not such an image, or the square is none or lies beside it.
+      ValueError: if the image is not (H, W, 3) uint8, or the square has no part of it.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
@@ -50,22 +69,21 @@ def square_crop_image(
     return np.array(square.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def pixels_to_cells(pixels: np.ndarray, corner_px: np.ndarray, side_px: np.ndarray) -> np.ndarray:
-    """Changes pixels of a picture into heatmap cells.
-
-    Args:
-        pixels: (..., J, 2), x and y.
-        corner_px: (..., 2), the crops' left upper corners.
-        side_px: (...), their sides.
-
-    Returns:
-        (..., J, 2), x (column) and y (row); outside [-0.5, 63.5) is outside the heatmap.
-    """
+def pixels_to_cells(
+    pixels: Real[np.ndarray, "*B N 2"],
+    corner_px: Real[np.ndarray, "*B 2"],
+    side_px: Real[np.ndarray, "*B"] | float,
+) -> Float[np.ndarray, "*B N 2"]:
+    """Pixels of a picture as heatmap cells; outside [-0.5, 63.5) is outside of the heatmap."""
     corner, side = np.asarray(corner_px)[..., None, :], np.asarray(side_px)[..., None, None]
     return HEATMAP_SIZE * (pixels - corner) / side
 
 
-def cells_to_pixels(cells: np.ndarray, corner_px: np.ndarray, side_px: np.ndarray) -> np.ndarray:
-    """Changes heatmap cells (..., J, 2) into pixels, the inverse of `pixels_to_cells`."""
+def cells_to_pixels(
+    cells: Real[np.ndarray, "*B N 2"],
+    corner_px: Real[np.ndarray, "*B 2"],
+    side_px: Real[np.ndarray, "*B"] | float,
+) -> Float[np.ndarray, "*B N 2"]:
+    """Heatmap cells as pixels of the picture, the inverse of `pixels_to_cells`."""
     corner, side = np.asarray(corner_px)[..., None, :], np.asarray(side_px)[..., None, None]
     return cells * side / HEATMAP_SIZE + corner

@@ -1,32 +1,22 @@
-"""Motion capture turned into examples: a TFDS builder that works without TensorFlow."""
+"""Motion capture: clips, readers of motion files, and a TFDS builder of examples."""
 
-from diffpose_jax.data.motion.bodies import BodyConfig, exchange_parts, mirror_poses, vary_bodies
-from diffpose_jax.data.motion.motion_dataset_builder import (
-    CropConfig,
-    Motion,
+from diffpose_jax.data.motion.builder import (
     MotionConfig,
-    RenderedHeatmaps,
-    builder_config,
-    decode_blobs,
     default_config,
     make_examples,
     prepare,
     read_all,
 )
+from diffpose_jax.data.motion.clips import Clip, load_embedded, read_clip, read_folder
 
 __all__ = [
-    "BodyConfig",
-    "CropConfig",
-    "Motion",
+    "Clip",
     "MotionConfig",
-    "RenderedHeatmaps",
-    "builder_config",
-    "decode_blobs",
     "default_config",
-    "exchange_parts",
+    "load_embedded",
     "make_examples",
-    "mirror_poses",
     "prepare",
     "read_all",
-    "vary_bodies",
+    "read_clip",
+    "read_folder",
 ]

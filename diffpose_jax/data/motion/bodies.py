@@ -1,24 +1,20 @@
-"""Bodies of varied proportions, mirrored motion: augmentation of recorded poses in the world."""
+"""Augmentation of recorded poses in the world: bodies of other proportions, mirrored, exchanged."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
 
+from diffpose_jax.config import check_range
 from diffpose_jax.skeleton import H36M_JOINTS, H36M_MIRROR, H36M_PARENTS, NUM_JOINTS
 
 # Bones, named by their lower joint, that share one factor: always left with right.
 _BONE_GROUPS: tuple[tuple[str, ...], ...] = (
-    ("RHip", "LHip"),
-    ("RKnee", "LKnee"),
-    ("RAnkle", "LAnkle"),
-    ("Spine", "Thorax"),
-    ("Nose", "Head"),
-    ("LShoulder", "RShoulder"),
-    ("LElbow", "RElbow"),
-    ("LWrist", "RWrist"),
-)
+    ("RHip", "LHip"), ("RKnee", "LKnee"), ("RAnkle", "LAnkle"), ("Spine", "Thorax"),
+    ("Nose", "Head"), ("LShoulder", "RShoulder"), ("LElbow", "RElbow"), ("LWrist", "RWrist"),
+)  # fmt: skip
 _GROUP_OF_JOINT = np.array(
     [0] + [next(g for g, group in enumerate(_BONE_GROUPS) if j in group) for j in H36M_JOINTS[1:]]
 )
@@ -29,15 +25,10 @@ _STATURE_JOINTS = [
 # What is exchanged, the joint that it hangs on, and the right and left joint that tell where it
 # faces: the upper body, the arms.
 _PARTS = tuple(
-    (
-        [H36M_JOINTS.index(name) for name in names],
-        H36M_JOINTS.index(root),
-        H36M_JOINTS.index(right),
-        H36M_JOINTS.index(left),
-    )
-    for names, root, right, left in (
-        (H36M_JOINTS[7:], "Hip", "RHip", "LHip"),
-        (H36M_JOINTS[11:], "Thorax", "RShoulder", "LShoulder"),
+    (slice(first, None), H36M_JOINTS.index(root), H36M_JOINTS.index(right), H36M_JOINTS.index(left))
+    for first, root, right, left in (
+        (7, "Hip", "RHip", "LHip"),
+        (11, "Thorax", "RShoulder", "LShoulder"),
     )
 )
 # The ankle stands about 5 % of the stature above the floor.
@@ -49,13 +40,12 @@ class BodyConfig:
     """Variation of the bodies.
 
     Attributes:
-        bone_std: Standard deviation of the log of a bone group's length factor. Groups: hip
-            width, thigh, shin, trunk, neck and head, shoulder width, upper arm, forearm.
-        height_mm_min: Smallest stature; it is uniform between the two, whoever was recorded.
-        height_mm_max: Largest stature.
-        mirror: Chance that a pose is mirrored.
-        exchange: Chance that a training pose gets the upper body of another, and again the
-            same chance that it gets the arms of another; see `exchange_parts`.
+      bone_std: standard deviation of the log of a bone group's length factor. Groups: hip width,
+        thigh, shin, trunk, neck and head, shoulder width, upper arm, forearm.
+      height_mm_min: smallest stature; it is drawn uniformly, whoever was recorded.
+      mirror: chance that a pose is mirrored.
+      exchange: chance that a training pose gets the upper body of another, and again the same
+        chance that it gets the arms of another; see `exchange_parts`.
     """
 
     bone_std: float = 0.06
@@ -64,30 +54,29 @@ class BodyConfig:
     mirror: float = 0.5
     exchange: float = 0.7
 
+    def __post_init__(self) -> None:
+        chance = (0, 1)
+        check_range(self, bone_std=(0, 1), mirror=chance, exchange=chance)
+        check_range(self, height_mm_min=(100, self.height_mm_max), height_mm_max=(100, 10_000))
 
-def mirror_poses(positions_mm: np.ndarray) -> np.ndarray:
-    """Mirrors poses (..., 17, 3) in the plane x = 0: left and right are exchanged."""
+
+def mirror_poses(positions_mm: Float[np.ndarray, "*B 17 3"]) -> Float[np.ndarray, "*B 17 3"]:
+    """Mirrors poses in the plane x = 0: left and right are exchanged."""
     return positions_mm[..., H36M_MIRROR, :] * np.array([-1.0, 1.0, 1.0])
 
 
 def exchange_parts(
-    rng: np.random.Generator, positions_mm: np.ndarray, donors_mm: np.ndarray, chance: float
-) -> np.ndarray:
-    """Gives poses the upper body, and then the arms, of other poses.
+    rng: np.random.Generator,
+    positions_mm: Float[np.ndarray, "B 17 3"],
+    donors_mm: Float[np.ndarray, "N 17 3"],
+    chance: float,
+) -> Float[np.ndarray, "B 17 3"]:
+    """Gives poses the upper body, and then the arms, of other poses, each with a chance.
 
     A few thousand recorded frames hold few combinations of what legs, trunk and arms can do; a
     network that has only seen these takes the legs as proof of what the arms do. The part is
-    turned about the vertical so that hips (or shoulders) face the same way, and put on the
+    turned about the vertical (z) so that hips (or shoulders) face the same way, and put on the
     hip (or on the thorax).
-
-    Args:
-        rng: Source of randomness.
-        positions_mm: (B, 17, 3), world coordinates with z up.
-        donors_mm: (N, 17, 3), the poses that parts are taken from.
-        chance: Chance of each exchange.
-
-    Returns:
-        (B, 17, 3).
     """
     positions_mm = positions_mm.copy()
     for joints, root, right, left in _PARTS:
@@ -95,39 +84,31 @@ def exchange_parts(
         turn = _heading(positions_mm, right, left) - _heading(donors, right, left)
         part = _turned(donors[:, joints] - donors[:, [root]], turn) + positions_mm[:, [root]]
         chosen = np.flatnonzero(rng.random(len(positions_mm)) < chance)
-        positions_mm[chosen[:, None], joints] = part[chosen]
+        positions_mm[chosen, joints] = part[chosen]
     return positions_mm
 
 
-def _heading(positions_mm: np.ndarray, right: int, left: int) -> np.ndarray:
-    """Direction (B,) on the floor from a right joint to the left one, in radians."""
+def _heading(positions_mm: np.ndarray, right: int, left: int) -> Float[np.ndarray, " B"]:
+    """Direction on the floor from a right joint to the left one, in radians."""
     across = positions_mm[:, left] - positions_mm[:, right]
     return np.arctan2(across[:, 1], across[:, 0])
 
 
-def _turned(points: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Points (B, J, 3) turned about the vertical by angles (B,)."""
+def _turned(points: Float[np.ndarray, "B N 3"], angle: Float[np.ndarray, " B"]) -> np.ndarray:
+    """Points turned about the vertical."""
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     x, y, z = np.moveaxis(points, -1, 0)
     return np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=-1)
 
 
 def vary_bodies(
-    rng: np.random.Generator, positions_mm: np.ndarray, config: BodyConfig
-) -> np.ndarray:
+    rng: np.random.Generator, positions_mm: Float[np.ndarray, "B 17 3"], config: BodyConfig
+) -> Float[np.ndarray, "B 17 3"]:
     """Gives every pose another body, which may be mirrored.
 
     Directions of the bones stay; lengths are multiplied by a factor for each bone group and then
     together so that the stature is the drawn one. The lowest joint's height above the floor
-    scales with the body.
-
-    Args:
-        rng: Source of randomness.
-        positions_mm: (B, 17, 3), world coordinates with z up and the floor at z = 0.
-        config: The variation.
-
-    Returns:
-        (B, 17, 3), the hip's horizontal position unchanged (but mirrored with the pose).
+    (z = 0) scales with the body, and the hip's horizontal position stays.
     """
     batch = len(positions_mm)
     factors = rng.lognormal(0.0, config.bone_std, (batch, len(_BONE_GROUPS)))[:, _GROUP_OF_JOINT]
@@ -148,6 +129,6 @@ def vary_bodies(
     return np.where(mirrored[:, None, None], mirror_poses(varied), varied)
 
 
-def _stature(bones: np.ndarray) -> np.ndarray:
-    """Stature (B,) in mm, were the body to stand, from the bones (B, 17, 3) to each joint."""
+def _stature(bones: Float[np.ndarray, "B 17 3"]) -> Float[np.ndarray, " B"]:
+    """Stature in mm, were the body to stand, from the bones to each joint."""
     return _STATURE_FACTOR * np.linalg.norm(bones[:, _STATURE_JOINTS], axis=-1).sum(-1)

@@ -1,4 +1,4 @@
-"""Motion capture: the clips that come with the package, and readers for a user's own.
+"""Motion capture: the clips that come with the package, and a user's own motion files.
 
 The embedded clips (see README.md beside this file) let the whole program run without a
 download. They are few and correlated: numbers obtained on them say that the method works,
@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
+import io
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32
 
 from diffpose_jax.data.motion.asf_amc import read_amc
 from diffpose_jax.data.motion.bvh import read_bvh
+from diffpose_jax.data.motion.recording import Recording
 from diffpose_jax.data.motion.skeletons import MAPPING_FILE, to_h36m
-from diffpose_jax.io import arrays as numpy_files
+from diffpose_jax.io import arrays
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, NUM_JOINTS
 
 _STATURE_MM = (1000.0, 2300.0)
@@ -28,31 +31,36 @@ _FARTHEST_MM = 1e6
 _FASTEST_FPS = 1e5
 _TEST_ONE_IN = 5
 
+_READERS: dict[str, Callable[[Path], Recording]] = {".amc": read_amc, ".bvh": read_bvh}
+_SUFFIXES = (*_READERS, ".npz")
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """One recording of one person.
 
     Attributes:
-        name: unique among the clips it was loaded with.
-        split: "train" or "test"; a clip is never divided between them.
-        fps: frames a second.
-        positions_mm: (F, 17, 3) float32, Human3.6M joint order, millimetres, world axes with z
-            up and the floor near z = 0. The hip has x = y = 0 in every frame.
+      name: unique among the clips it was loaded with.
+      split: "train" or "test"; a clip is never divided between them.
+      fps: frames a second.
+      positions_mm: world axes with z up and the floor near z = 0. The hip has x = y = 0 in every
+        frame.
     """
 
     name: str
     split: str
     fps: float
-    positions_mm: np.ndarray
+    positions_mm: Float32[np.ndarray, "F 17 3"]
+
+
+def embedded_bytes() -> bytes:
+    """The file `mocap.npz`, made by `make.py`."""
+    return resources.files(__package__).joinpath("mocap.npz").read_bytes()
 
 
 def load_embedded() -> list[Clip]:
-    """Loads the clips that come with the package (`mocap.npz`, made by `make.py`)."""
-    with (
-        resources.files(__package__).joinpath("mocap.npz").open("rb") as file,
-        np.load(file, allow_pickle=False) as archive,
-    ):
+    """Loads the clips that come with the package."""
+    with np.load(io.BytesIO(embedded_bytes()), allow_pickle=False) as archive:
         content = dict(archive)
     positions_mm = (content["positions"] * content["unit_mm"]).astype(np.float32)
     parts = np.split(positions_mm, np.cumsum(content["lengths"])[:-1])
@@ -64,14 +72,46 @@ def load_embedded() -> list[Clip]:
     ]
 
 
-def _read_npz(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
-    del mapping  # such a file has the 17 joints already
+def read_clip(path: str | Path, *, root: str | Path | None = None) -> Clip:
+    """Reads one motion file of the user; README.md describes the formats.
+
+    Args:
+      path: a `.npz`, `.bvh` or `.amc` file. The horizontal position of the hip may be any.
+      root: the folder up to which, from that of the file, a `skeleton.json` is looked for; by
+        default that of the file alone. The nearest holds.
+
+    Returns:
+      The clip, named as the file without its suffix, in the training split.
+
+    Raises:
+      ValueError: the format is unknown or the content is not a human motion in millimetres.
+      FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise ValueError(
+            f"{path}: cannot read motion from a {suffix or 'suffixless'} file; "
+            f"convert it to one of: {', '.join(_SUFFIXES)}"
+        )
+    if suffix in _READERS:
+        mapping = _mapping_file(path, Path(root or path.parent))
+        positions_mm, fps = to_h36m(path, _READERS[suffix](path), mapping)
+    else:
+        positions_mm, fps = _read_npz(path)
+    _check(path, positions_mm, fps)
+    positions_mm = positions_mm.astype(np.float64)
+    positions_mm[..., :2] -= positions_mm[:, :1, :2]
+    return Clip(path.stem, "train", fps, positions_mm.astype(np.float32))
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, float]:
     expected = (
         f"{path} is not a motion file: it must be written by numpy.savez with the keys "
         "positions_mm (F, 17, 3) and fps (one number)"
     )
     try:
-        content = numpy_files.read(path)
+        content = arrays.read(path)
     except ValueError as error:
         raise ValueError(f"{expected}: {error}") from error
     if not isinstance(content, dict) or not {"positions_mm", "fps"} <= set(content):
@@ -81,78 +121,15 @@ def _read_npz(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
     return content["positions_mm"], float(content["fps"].item())
 
 
-def _read_bvh(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
-    return to_h36m(path, read_bvh(path), mapping)
-
-
-def _read_amc(path: Path, mapping: Path | None) -> tuple[np.ndarray, float]:
-    return to_h36m(path, read_amc(path), mapping)
-
-
-READERS: dict[str, Callable[[Path, Path | None], tuple[np.ndarray, float]]] = {
-    ".amc": _read_amc,
-    ".bvh": _read_bvh,
-    ".npz": _read_npz,
-}
-"""File name suffix to a reader; from the file and the `skeleton.json` that holds for it, if any,
-it gives positions_mm (F, 17, 3), as in `Clip`, and fps."""
-
-
-def read_clip(path: str | Path, *, root: str | Path | None = None) -> Clip:
-    """Reads one motion file of the user; `READERS` lists the formats.
-
-    A `.npz` file holds `positions_mm` (F, 17, 3), in Human3.6M joint order, millimetres, world
-    axes with z up and the floor near z = 0, and `fps`. `.bvh` files and `.amc` files (with their
-    `.asf` beside them) have the skeleton of a known data set, or the one that a `skeleton.json`
-    describes (see `skeletons` and README.md). The horizontal position may be any.
-
-    Args:
-        path: the file.
-        root: the folder up to which, from that of the file, a `skeleton.json` is looked for; by
-            default that of the file alone. The nearest holds.
-
-    Returns:
-        The clip, named as the file without its suffix, in the training split.
-
-    Raises:
-        ValueError: the format is unknown or the content is not a human motion in millimetres.
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(path)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(
-            f"{path}: cannot read motion from a {path.suffix or 'suffixless'} file; "
-            f"convert it to one of: {_suffixes()}"
-        )
-    positions_mm, fps = reader(path, _mapping_file(path, Path(root or path.parent)))
-    _check(path, positions_mm, fps)
-    positions_mm = positions_mm.astype(np.float64)
-    positions_mm[..., :2] -= positions_mm[:, :1, :2]
-    return Clip(path.stem, "train", fps, positions_mm.astype(np.float32))
-
-
 def _mapping_file(path: Path, root: Path) -> Path | None:
-    if root not in path.parents:
-        root = path.parent
-    for folder in path.parents:
-        if (folder / MAPPING_FILE).is_file():
-            return folder / MAPPING_FILE
-        if folder == root:
-            break
-    return None
+    """The nearest mapping file, from the folder of a motion file up to `root`."""
+    folders = [folder for folder in path.parents if folder == root or root in folder.parents]
+    found = (folder / MAPPING_FILE for folder in folders or [path.parent])
+    return next((file for file in found if file.is_file()), None)
 
 
 def thin(clip: Clip, fps: float) -> Clip:
-    """Drops frames of a clip, evenly, as long as so many a second are left.
-
-    Args:
-        clip: the clip.
-        fps: frames a second that are enough; 0 keeps all.
-
-    Returns:
-        The clip with every n-th frame, for the largest n that leaves `fps` or more.
-    """
+    """Drops frames of a clip, evenly, as long as `fps` or more are left; 0 keeps all."""
     # 0.2 %: 30.00003 and 29.97 frames a second, as files tell them, are 30.
     stride = max(1, int(clip.fps / fps * 1.002)) if fps else 1
     return dataclasses.replace(
@@ -168,80 +145,73 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
     into test, at least one into each split. Files of other kinds are passed over.
 
     Args:
-        folder: searched with all its sub-folders.
-        fps: frames a second that are enough (see `thin`); 0 keeps all.
-        test_clips: a pattern (`fnmatch`, case counts) for names of test clips: "03_*" holds out
-            subject 3 of the CMU database.
+      folder: searched with all its sub-folders.
+      fps: frames a second that are enough (see `thin`); 0 keeps all.
+      test_clips: a pattern (`fnmatch`, case counts) for names of test clips: "03_*" holds out
+        subject 3 of the CMU database.
 
     Returns:
-        The clips in order of their names (paths within the folder without suffix; `test/` is
-        not part of a name).
+      The clips in order of their names (paths within the folder without suffix; `test/` is
+      not part of a name).
 
     Raises:
-        ValueError: there is no motion file, a split would be empty, two clips have one name,
-            `test_clips` matches none, or a file cannot be read (see `read_clip`).
+      ValueError: there is no motion file, a split would be empty, two clips have one name,
+        `test_clips` matches none, or a file cannot be read (see `read_clip`).
     """
     folder = Path(folder)
-    paths = [
-        path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file()
-    ]
-    if not paths:
-        raise ValueError(f"no motion files under {folder}; it must hold files of: {_suffixes()}")
-    has_test = (folder / "test").is_dir()
-    named: dict[str, tuple[Path, str]] = {}
-    for path in sorted(paths):
-        relative = path.relative_to(folder)
-        in_test = has_test and relative.parts[0] == "test"
-        name = (relative.relative_to("test") if in_test else relative).with_suffix("").as_posix()
+    test_folder = folder / "test"
+    named: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+            continue
+        base = test_folder if test_folder in path.parents else folder
+        name = path.relative_to(base).with_suffix("").as_posix()
         if name in named:
             raise ValueError(
-                f"{path} and {named[name][0]} have the same clip name {name!r}; "
+                f"{path} and {named[name]} have the same clip name {name!r}; "
                 "rename or remove one: a clip must not be in both splits"
             )
-        is_test = in_test or (test_clips and fnmatch.fnmatchcase(name, test_clips))
-        named[name] = (path, "test" if is_test else "train")
-    if test_clips and not any(fnmatch.fnmatchcase(name, test_clips) for name in named):
+        named[name] = path
+    if not named:
+        raise ValueError(f"no motion files under {folder}; it must hold {', '.join(_SUFFIXES)}")
+    matching = {name for name in named if fnmatch.fnmatchcase(name, test_clips)}
+    if test_clips and not matching:
         raise ValueError(
             f"{folder} has no clip that matches test_clips {test_clips!r}; the names are: "
             f"{', '.join(list(named)[:20])}{', ..' if len(named) > 20 else ''}"
         )
-    if not has_test and not test_clips:
-        test_names = _test_names(named)
-        named = {
-            name: (path, "test" if name in test_names else "train")
-            for name, (path, _) in named.items()
-        }
-    for split in ("train", "test"):
-        if split not in {found for _, found in named.values()}:
+    if test_clips or test_folder.is_dir():
+        test = matching | {name for name, path in named.items() if test_folder in path.parents}
+    else:
+        test = _test_names(named)
+    for split, names in (("train", named.keys() - test), ("test", test)):
+        if not names:
             raise ValueError(
                 f"{folder} gives no {split} clip: it needs at least two motion files; with a "
                 "sub-folder test/ or a pattern, one at least in it and one at least outside it"
             )
     return [
-        thin(dataclasses.replace(read_clip(path, root=folder), name=name, split=split), fps)
-        for name, (path, split) in sorted(named.items())
+        thin(
+            dataclasses.replace(
+                read_clip(path, root=folder), name=name, split="test" if name in test else "train"
+            ),
+            fps,
+        )
+        for name, path in sorted(named.items())
     ]
-
-
-def _suffixes() -> str:
-    return ", ".join(sorted(READERS))
 
 
 def _test_names(names: Iterable[str]) -> set[str]:
     """About one name in five, the same on every machine and as the folder grows."""
     digests = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in names}
-    chosen = {name for name, digest in digests.items() if digest % _TEST_ONE_IN == 0}
-    if len(digests) < 2:
-        return set()
-    if not chosen:
-        return {min(digests, key=digests.__getitem__)}
-    if len(chosen) == len(digests):
-        chosen.remove(max(digests, key=digests.__getitem__))
-    return chosen
+    ordered = sorted(digests, key=digests.__getitem__)
+    chosen = {name for name in ordered if digests[name] % _TEST_ONE_IN == 0} or {ordered[0]}
+    # Neither split is empty, where there are two clips.
+    return chosen - {ordered[-1]} if len(chosen) == len(ordered) else chosen
 
 
 def _check(path: Path, positions_mm: np.ndarray, fps: float) -> None:
-    """Raises ValueError if the content of a file cannot be a human motion in our convention."""
+    """Raises ValueError if the content of a file cannot be a human motion in this convention."""
     shape = positions_mm.shape
     if len(shape) != 3 or shape[0] == 0 or shape[1:] != (NUM_JOINTS, 3):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Makes `mocap.npz`, the motion capture that comes with the package, from its two sources.
 
-    python -m diffpose_jax.data.mocap.make --pybullet_wheel FILE --bvh_dir DIR
+    python -m diffpose_jax.data.motion.make --pybullet_wheel FILE --bvh_dir DIR
 
 The sources are the `humanoid3d` clips in the wheel of pybullet and two recordings of the CMU
 motion capture database (README.md says how to get both). Their two skeletons differ, so each
@@ -17,10 +17,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from scipy.spatial.transform import Rotation
 
 from diffpose_jax.data.motion.bvh import read_bvh
 from diffpose_jax.data.motion.clips import Clip
-from diffpose_jax.data.motion.recording import about_axis
 from diffpose_jax.data.motion.skeletons import to_h36m
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS
 
@@ -101,19 +102,13 @@ def write(clips: list[Clip], path: Path) -> None:
     )
 
 
-def retarget(points: np.ndarray) -> np.ndarray:
-    """Puts the standard body into the poses of another one.
+def retarget(points: Float[np.ndarray, "F 17 3"]) -> Float[np.ndarray, "F 17 3"]:
+    """Puts the standard body, in millimetres, into the poses of another one, in any unit; z is up.
 
     Every bone keeps its direction and gets its length from `BONES_MM`. The hip keeps its
     height in units of the legs, so that the feet stay where they were, and the clip is then
     moved vertically as a whole until the lowest body part touches the floor (`CLEARANCE_MM`)
     in its lowest frames. The horizontal position of the hip is set to zero.
-
-    Args:
-        points: (F, 17, 3), Human3.6M joints, z up, in any unit.
-
-    Returns:
-        (F, 17, 3), millimetres, z up, floor at zero.
     """
     knee, ankle = H36M_JOINTS.index("RKnee"), H36M_JOINTS.index("RAnkle")
     leg = np.linalg.norm(np.diff(points[:, knee - 1 : ankle + 1], axis=1), axis=-1).sum(1)
@@ -159,29 +154,34 @@ def humanoid_clips(wheel: Path) -> list[Clip]:
     return clips
 
 
-def humanoid_points(frames: np.ndarray, offsets: dict[str, np.ndarray]) -> np.ndarray:
+def humanoid_points(
+    frames: Float[np.ndarray, "F 44"], offsets: dict[str, np.ndarray]
+) -> Float[np.ndarray, "F 17 3"]:
     """Forward kinematics of the humanoid, with the joints that it lacks filled in.
 
     Args:
-        frames: (F, 44), one frame a row: duration, root position, root quaternion (w first),
-            then `HUMANOID_JOINTS`: quaternions, or the angle about z of a knee or an elbow.
-        offsets: joint name to its position in the parent's frame; x forward, y up, z right.
+      frames: one frame a row: duration, root position, root quaternion (w first, any length),
+        then `HUMANOID_JOINTS`: quaternions, or the angle about z of a knee or an elbow.
+      offsets: joint name to its position in the parent's frame; x forward, y up, z right.
 
     Returns:
-        (F, 17, 3), Human3.6M joints in metres; x forward at rest, y left, z up.
+      Human3.6M joints in metres; x forward at rest, y left, z up.
     """
-    rotations = {"root": _from_quaternion(frames[:, 4:8])}
+    rotations = {"root": Rotation.from_quat(frames[:, 4:8], scalar_first=True)}
     points = {"root": frames[:, 1:4]}
 
     def place(parent: str, offset: np.ndarray) -> np.ndarray:
-        return points[parent] + rotations[parent] @ (HUMANOID_SCALE * offset)
+        return points[parent] + rotations[parent].apply(HUMANOID_SCALE * offset)
 
     column = 8
     for parent, joint, size in HUMANOID_JOINTS:
         numbers = frames[:, column : column + size]
-        local = _from_quaternion(numbers) if size == 4 else about_axis("Z", numbers[:, 0])
+        if size == 4:
+            local = Rotation.from_quat(numbers, scalar_first=True)
+        else:
+            local = Rotation.from_euler("z", numbers)
         points[joint] = place(parent, offsets[joint])
-        rotations[joint] = rotations[parent] @ local
+        rotations[joint] = rotations[parent] * local
         column += size
     # The neck joint lies below the line of the shoulders, Human3.6M's thorax above it; the
     # shoulders then slope down from it as they do there and in the CMU skeleton.
@@ -214,17 +214,6 @@ def cmu_clips(folder: Path) -> list[Clip]:
         points, fps = to_h36m(path, read_bvh(path))
         clips.append(_clip(f"cmu_{name}", round(fps / BVH_STRIDE, 1), points[::BVH_STRIDE]))
     return clips
-
-
-def _from_quaternion(quaternion: np.ndarray) -> np.ndarray:
-    """(F, 4), w first, not necessarily of unit length -> (F, 3, 3)."""
-    w, x, y, z = (quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)).T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.moveaxis(np.array(rows), -1, 0)
 
 
 if __name__ == "__main__":

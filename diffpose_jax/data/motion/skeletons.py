@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
+from diffpose_jax.config import check_choice, check_range, parse
 from diffpose_jax.data.motion.recording import Recording, listed
 from diffpose_jax.io.files import read_json
 from diffpose_jax.skeleton import H36M_JOINTS
@@ -38,19 +40,14 @@ class Landmark:
     """Where one of the 17 joints lies.
 
     Attributes:
-        weights: joints of the file and their weights, which add up to one; some may be negative.
-        offset_mm: added to that, along the axes that move with the joint `axes`.
-        axes: a joint of the file; empty without an offset.
+      weights: joints of the file and their weights, which add up to one; some may be negative.
+      offset_mm: added to that, along the axes that move with the joint `axes`.
+      axes: a joint of the file; empty without an offset.
     """
 
     weights: Mapping[str, float]
     offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     axes: str = ""
-
-    @property
-    def joints(self) -> set[str]:
-        """The joints of the file that are needed."""
-        return {*self.weights} | ({self.axes} if self.axes else set())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +55,30 @@ class Skeleton:
     """How to read the motion of one kind of skeleton.
 
     Attributes:
-        name: for messages.
-        landmarks: Human3.6M joint to where it lies; all 17.
-        unit_mm: length of the file's unit, where the file does not tell.
-        up: "x", "y" or "z": the axis of the file that points up.
-        fps: frames a second, where the file does not tell.
-        skip_frames: so many frames at the start are no motion (a rest pose).
-        stride: only every n-th frame is used.
-        marks: further joints that a file of this kind has.
+      name: for messages.
+      landmarks: Human3.6M joint to where it lies; all 17.
+      up: "x", "y" or "z": the axis of the file that points up.
+      unit_mm: length of the file's unit, where the file does not tell.
+      fps: frames a second, where the file does not tell.
+      skip_frames: so many frames at the start are no motion (a rest pose).
+      stride: only every n-th frame is used.
+      marks: further joints that a file of this kind has.
     """
 
     name: str
     landmarks: Mapping[str, Landmark]
-    unit_mm: float | None
-    up: str
+    up: str = "y"
+    unit_mm: float | None = None
     fps: float | None = None
     skip_frames: int = 0
     stride: int = 1
     marks: frozenset[str] = frozenset()
 
     @property
-    def joints(self) -> frozenset[str]:
+    def joints(self) -> set[str]:
         """The joints that a file of this kind has at least."""
-        return self.marks.union(*(landmark.joints for landmark in self.landmarks.values()))
+        axes = {landmark.axes for landmark in self.landmarks.values()} - {""}
+        return axes.union(self.marks, *(landmark.weights for landmark in self.landmarks.values()))
 
 
 def _one(
@@ -89,65 +87,55 @@ def _one(
     return Landmark({joint: 1.0}, offset_mm, axes)
 
 
-def _limbs(**sources: str) -> dict[str, Landmark]:
-    """Hips and limbs from the names of one side's joints, with {side} and {Side}, {S} in them."""
-    landmarks = {}
-    for side in ("left", "right"):
-        letters = {"side": side[0], "Side": side.title(), "S": side[0].upper()}
-        for part, source in sources.items():
-            landmarks[side[0].upper() + part] = _one(source.format(**letters))
-    hips = {name: 0.5 for side in "LR" for name in landmarks[f"{side}Hip"].weights}
-    return {"Hip": Landmark(hips), **landmarks}
+def _limbs(names: str, left: str, right: str) -> dict[str, Landmark]:
+    """Hip and limbs from the names of hip to ankle and shoulder to wrist, with {s} for the side."""
+    parts = ("Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist")
+    landmarks = {
+        f"{letter}{part}": _one(name)
+        for letter, side in (("L", left), ("R", right))
+        for part, name in zip(parts, names.format(s=side).split(), strict=True)
+    }
+    hips = landmarks["LHip"].weights.keys() | landmarks["RHip"].weights.keys()
+    return {"Hip": Landmark(dict.fromkeys(sorted(hips), 0.5)), **landmarks}
 
 
 CMU_ASF = Skeleton(
     name="CMU (ASF/AMC)",
     landmarks={
-        **_limbs(
-            Hip="{side}hipjoint", Knee="{side}femur", Ankle="{side}tibia",
-            Shoulder="{side}clavicle", Elbow="{side}humerus",
-            # The radius bone is only two thirds of the forearm; `wrist` turns about its own
-            # length and carries the hand.
-            Wrist="{side}wrist",
-        ),
+        # The radius bone is only two thirds of the forearm; `wrist` turns about its own length
+        # and carries the hand.
+        **_limbs("{s}hipjoint {s}femur {s}tibia {s}clavicle {s}humerus {s}wrist", "l", "r"),
         "Spine": _one("lowerback"),
         "Thorax": _one("lowerneck"),
         "Nose": _one("upperneck", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "head"),
         "Head": _one("head", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "head"),
     },
-    unit_mm=None,
-    up="y",
     fps=120.0,
-)  # fmt: skip
+)
 """The 31 bones of all .asf files of the CMU database; facing z at rest, y up."""
+
+_LEFT_RIGHT_LIMBS = _limbs("{s}UpLeg {s}Leg {s}Foot {s}Arm {s}ForeArm {s}Hand", "Left", "Right")
 
 CMU_BVH = Skeleton(
     name="CMU (BVH conversion)",
     landmarks={
-        **_limbs(
-            Hip="{Side}UpLeg", Knee="{Side}Leg", Ankle="{Side}Foot",
-            Shoulder="{Side}Arm", Elbow="{Side}ForeArm", Wrist="{Side}Hand",
-        ),
+        **_LEFT_RIGHT_LIMBS,
         "Spine": _one("Spine"),
         "Thorax": _one("Neck1"),
         "Nose": _one("Head", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "Head"),
         "Head": _one("HeadEnd", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "Head"),
     },
     unit_mm=_CMU_UNIT_MM,
-    up="y",
     skip_frames=1,
     marks=frozenset({"LHipJoint", "LowerBack"}),
-)  # fmt: skip
+)
 """The conversion's first frame is a rest pose. It leaves out the bones `thorax` and `lwrist`,
 `rwrist` of the original, so that trunk and forearms are shorter than those of `CMU_ASF`."""
 
 BANDAI_NAMCO = Skeleton(
     name="Bandai-Namco-Research-Motiondataset",
     landmarks={
-        **_limbs(
-            Hip="UpperLeg_{S}", Knee="LowerLeg_{S}", Ankle="Foot_{S}",
-            Shoulder="UpperArm_{S}", Elbow="LowerArm_{S}", Wrist="Hand_{S}",
-        ),
+        **_limbs("UpperLeg_{s} LowerLeg_{s} Foot_{s} UpperArm_{s} LowerArm_{s} Hand_{s}", "L", "R"),
         "Spine": _one("Spine"),
         "Thorax": _one("Neck"),
         # The head's x axis points up and its y axis to the front.
@@ -155,18 +143,14 @@ BANDAI_NAMCO = Skeleton(
         "Head": _one("Head", (135.0, 23.0, 0.0), "Head"),
     },
     unit_mm=10.0,
-    up="y",
     marks=frozenset({"joint_Root", "Chest", "Shoulder_L", "Toes_L"}),
-)  # fmt: skip
+)
 """22 joints, all with position channels; the End Sites coincide with their joints."""
 
 LAFAN1 = Skeleton(
     name="LaFAN1",
     landmarks={
-        **_limbs(
-            Hip="{Side}UpLeg", Knee="{Side}Leg", Ankle="{Side}Foot",
-            Shoulder="{Side}Arm", Elbow="{Side}ForeArm", Wrist="{Side}Hand",
-        ),
+        **_LEFT_RIGHT_LIMBS,
         "Spine": Landmark({"Spine1": 0.5, "Spine2": 0.5}),
         "Thorax": _one("Neck"),
         # The head's x axis points up and its y axis to the front.
@@ -174,33 +158,55 @@ LAFAN1 = Skeleton(
         "Head": _one("Head", (100.0, 23.0, 0.0), "Head"),
     },
     unit_mm=10.0,
-    up="y",
     marks=frozenset({"Hips", "Spine", "LeftToe", "LeftShoulder"}),
-)  # fmt: skip
+)
 """22 joints; the End Sites coincide with their joints."""
 
 KNOWN = (CMU_ASF, CMU_BVH, BANDAI_NAMCO, LAFAN1)
 """The skeletons that are recognised by the names of their joints."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _MappingFile:
+    """The fields of a `skeleton.json`, which overrule the motion file and the known skeleton."""
+
+    joints: Mapping[str, Any] | None = None
+    unit_mm: float | None = None
+    up: str | None = None
+    fps: float | None = None
+    skip_frames: int | None = None
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "unit_mm": (1e-6, 1e6),
+            "fps": (1e-6, 1e6),
+            "skip_frames": (0, 1e6),
+            "stride": (1, 1e6),
+        }
+        check_range(self, **{k: v for k, v in ranges.items() if getattr(self, k) is not None})
+        if self.up is not None:
+            check_choice(self, up=tuple(_AXES_Z_UP))
+        elif self.joints is not None:
+            raise ValueError("up is missing: which axis of the joints is up?")
+
+
 def to_h36m(
     path: Path, recording: Recording, mapping: Path | None = None
-) -> tuple[np.ndarray, float]:
-    """Gives the motion of a recording in this package's convention.
+) -> tuple[Float[np.ndarray, "F 17 3"], float]:
+    """Human3.6M's joints of a recording (millimetres, z up), and the frames a second.
 
     Args:
-        path: the file that the recording comes from, for messages.
-        recording: of a known skeleton, or of the one that `mapping` describes.
-        mapping: a `skeleton.json`, or None.
-
-    Returns:
-        (F, 17, 3) float64, Human3.6M joints, millimetres, z up; and the frames a second.
+      path: the file that the recording comes from, for messages.
+      recording: of a known skeleton, or of the one that `mapping` describes.
+      mapping: a `skeleton.json`, or None.
 
     Raises:
-        ValueError: the skeleton is unknown, the mapping is wrong or does not fit the file, or
-            unit or frame rate are told by neither.
+      ValueError: the skeleton is unknown, the mapping is wrong or does not fit the file, or
+        unit or frame rate are told by neither.
     """
-    skeleton = _recognise(recording)
+    names = set(recording.joints)
+    skeleton = next((known for known in KNOWN if known.joints <= names), None)
     if mapping is not None:
         skeleton, recording = _apply_mapping(mapping, skeleton, recording)
     if skeleton is None:
@@ -209,8 +215,7 @@ def to_h36m(
             f"({', '.join(known.name for known in KNOWN)}); put a {MAPPING_FILE} into the folder "
             f"that says where the 17 joints lie. The file has: {listed(recording.joints)}"
         )
-    missing = sorted(skeleton.joints - set(recording.joints))
-    if missing:
+    if missing := sorted(skeleton.joints - names):
         raise ValueError(
             f"{path}: {skeleton.name} needs the joints {listed(missing)}, which the file does not "
             f"have. The file has: {listed(recording.joints)}"
@@ -237,50 +242,22 @@ def to_h36m(
     return positions_mm, fps / skeleton.stride
 
 
-def _recognise(recording: Recording) -> Skeleton | None:
-    names = set(recording.joints)
-    return next((known for known in KNOWN if known.joints <= names), None)
-
-
 def _apply_mapping(
     path: Path, skeleton: Skeleton | None, recording: Recording
 ) -> tuple[Skeleton | None, Recording]:
-    """Lets the fields of a mapping file overrule the file and the known skeleton."""
-    content = read_json(path)
-    known = {"joints", "unit_mm", "up", "fps", "skip_frames", "stride"}
-    if not isinstance(content, dict) or not set(content) <= known:
-        raise ValueError(
-            f"{path} must hold an object with some of the fields {', '.join(sorted(known))}"
-        )
-    for field, kind, least in (
-        ("unit_mm", float, 1e-6), ("fps", float, 1e-6), ("skip_frames", int, 0), ("stride", int, 1)
-    ):  # fmt: skip
-        if field in content and not _is_number(content[field], kind, least):
-            raise ValueError(
-                f"{path}: {field} is {content[field]!r}; it must be a number of type "
-                f"{kind.__name__}, at least {least:g}"
-            )
-    if content.get("up", "y") not in tuple(_AXES_Z_UP):
-        raise ValueError(f'{path}: up is {content["up"]!r}; it must be "x", "y" or "z"')
-    changes: dict[str, Any] = {
-        field: content[field] for field in ("up", "skip_frames", "stride") if field in content
-    }
-    if "joints" in content:
-        if "up" not in content:
-            raise ValueError(f"{path}: a file with joints must also say which axis is up")
-        skeleton = Skeleton(str(path), _landmarks(path, content["joints"]), None, content["up"])
+    """Lets the fields of a mapping file overrule the motion file and the known skeleton."""
+    fields = parse(_MappingFile, read_json(path), str(path))
+    given = {name: value for name, value in vars(fields).items() if value is not None}
+    if "joints" in given:
+        skeleton = Skeleton(str(path), _landmarks(path, given.pop("joints")))
     of_recording: dict[str, Any] = {
-        field: float(content[field]) for field in ("unit_mm", "fps") if field in content
+        name: float(given.pop(name)) for name in ("unit_mm", "fps") if name in given
     }
-    return (
-        skeleton and dataclasses.replace(skeleton, **changes),
-        dataclasses.replace(recording, **of_recording),
-    )
+    recording = dataclasses.replace(recording, **of_recording)
+    return skeleton and dataclasses.replace(skeleton, **given), recording
 
 
-def _landmarks(path: Path, joints: Any) -> dict[str, Landmark]:
-    if not isinstance(joints, dict):
-        raise ValueError(f"{path}: joints must be an object with the 17 joints as fields")
+def _landmarks(path: Path, joints: Mapping[str, Any]) -> dict[str, Landmark]:
     missing = [name for name in H36M_JOINTS if name not in joints]
     unknown = sorted(set(joints) - set(H36M_JOINTS))
     if missing or unknown:
@@ -293,30 +270,24 @@ def _landmarks(path: Path, joints: Any) -> dict[str, Landmark]:
 
 def _landmark(path: Path, name: str, source: Any) -> Landmark:
     """Understands "joint", {"joint": weight, ..} and {"joint": .., "offset_mm": .., "axes": ..}."""
-    if isinstance(source, str):
-        return _one(source)
-    if isinstance(source, dict) and isinstance(joint := source.get("joint"), str):
-        offset_mm, axes = source.get("offset_mm"), source.get("axes", joint)
-        if (
-            set(source) <= {"joint", "offset_mm", "axes"}
-            and isinstance(axes, str)
-            and axes
-            and isinstance(offset_mm, list)
-            and len(offset_mm) == 3
-            and all(_is_number(value, float, -1e6) for value in offset_mm)
-        ):
-            x, y, z = map(float, offset_mm)
-            return _one(joint, (x, y, z), axes)
-    elif isinstance(source, dict) and all(_is_number(w, float, -1e6) for w in source.values()):
-        if abs(sum(source.values()) - 1) < 1e-6:
+    match source:
+        case str():
+            return _one(source)
+        case {"joint": str(joint), "offset_mm": [x, y, z], **rest}:
+            axes = rest.pop("axes", joint)
+            if all(map(_is_number, (x, y, z))) and isinstance(axes, str) and axes and not rest:
+                return _one(joint, (float(x), float(y), float(z)), axes)
+        case dict() if all(map(_is_number, source.values())):
+            if abs(sum(source.values()) - 1) > 1e-6:
+                raise ValueError(
+                    f"{path}: the weights of {name} add up to {sum(source.values()):g}, not 1"
+                )
             return Landmark({joint: float(weight) for joint, weight in source.items()})
-        raise ValueError(f"{path}: the weights of {name} add up to {sum(source.values()):g}, not 1")
     raise ValueError(
         f'{path}: {name} is {json.dumps(source)[:200]}; give "joint", or {{"joint a": 0.5, '
         f'"joint b": 0.5}}, or {{"joint": "joint a", "offset_mm": [x, y, z], "axes": "joint b"}}'
     )
 
 
-def _is_number(value: Any, kind: type, least: float) -> bool:
-    is_kind = isinstance(value, int) or (kind is float and isinstance(value, float))
-    return is_kind and not isinstance(value, bool) and least <= value <= 1e6
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6

@@ -1,0 +1,314 @@
+"""TFDS builder that turns motion capture into examples for training and evaluation.
+
+Every frame is seen several times: each time another body, another camera, another crop and
+another draw of the detector's failures. All randomness comes from
+`numpy.random.default_rng([seed, split, hash of the clip's name, view])`, so examples depend
+neither on the order nor on the number of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float, Float32
+
+from diffpose_jax.config import check_range, parse
+from diffpose_jax.data import cameras, prepared, simulator
+from diffpose_jax.data.cameras import CameraConfig
+from diffpose_jax.data.motion import clips
+from diffpose_jax.data.motion.bodies import BodyConfig, exchange_parts, vary_bodies
+from diffpose_jax.data.simulator import SimulatorConfig
+from diffpose_jax.detectors import crops
+from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
+
+EMBEDDED = "embedded"
+_SPLITS = ("train", "test")
+# TFDS sorts up to this much in memory and needs TensorFlow for more.
+_LARGEST_SPLIT_BYTES = 1000 << 20
+_EXAMPLE_BYTES = 3200
+
+
+@dataclasses.dataclass(frozen=True)
+class CropConfig:
+    """Imperfect crops: those of the published preprocessing are exact (all zero).
+
+    Attributes:
+      scale_std: standard deviation of the log of the side's factor.
+      shift_std: standard deviation of the shift, a fraction of the side.
+      cut: share of crops that cut off a part of the body.
+      cut_shift: largest shift of such a crop, a fraction of the side.
+    """
+
+    scale_std: float = 0.03
+    shift_std: float = 0.01
+    cut: float = 0.02
+    cut_shift: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_range(self, scale_std=(0, 1), shift_std=(0, 1), cut=(0, 1), cut_shift=(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionConfig:
+    """Everything that the examples depend on: `config.data.builder`.
+
+    Attributes:
+      source: "embedded", or a folder of the user's motion files (see `clips.read_folder`).
+      fps: frames a second that are enough (see `clips.thin`). 0 keeps all.
+      test_clips: of a folder, a pattern for the names of test clips besides those under `test/`:
+        "03_*" holds out subject 3 of the CMU database. Empty for none.
+      train_views_per_frame: how often each training frame is seen.
+      test_stride: only every n-th frame of a test clip is seen.
+      seed: seed of everything random.
+    """
+
+    source: str = EMBEDDED
+    fps: float = 0.0
+    test_clips: str = ""
+    train_views_per_frame: int = 12
+    test_views_per_frame: int = 12
+    test_stride: int = 1
+    seed: int = 0
+    body: BodyConfig = dataclasses.field(default_factory=BodyConfig)
+    camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
+    crop: CropConfig = dataclasses.field(default_factory=CropConfig)
+    simulator: SimulatorConfig = dataclasses.field(default_factory=SimulatorConfig)
+
+    def __post_init__(self) -> None:
+        counts = ("train_views_per_frame", "test_views_per_frame", "test_stride")
+        check_range(self, fps=(0, 1e6), seed=(0, 1 << 63), **dict.fromkeys(counts, (1, 1 << 31)))
+        if self.test_clips and self.source == EMBEDDED:
+            raise ValueError(
+                f"test_clips is {self.test_clips!r}, but the embedded clips have fixed splits; "
+                "leave it empty or set source to a folder"
+            )
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields of `MotionConfig` with their defaults, for a configuration file."""
+    return ml_collections.ConfigDict(dataclasses.asdict(MotionConfig()))
+
+
+def data_set_name(config: MotionConfig) -> str:
+    """Names a data set after its content: a hash of all fields and of the motion files' bytes.
+
+    Changed parameters make another data set, and an old one is never read in its place.
+
+    Raises:
+      FileNotFoundError: if `source` is neither "embedded" nor a folder.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    folder = Path(config.source)
+    if config.source == EMBEDDED:
+        digest.update(clips.embedded_bytes())
+    elif folder.is_dir():
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    else:
+        raise FileNotFoundError(
+            f"config.data.builder.source is {config.source!r}; it must be {EMBEDDED!r} or a folder"
+            " of motion files"
+        )
+    label = config.source if config.source == EMBEDDED else "folder"
+    return f"{label}_{digest.hexdigest()[:12]}"
+
+
+class RenderedHeatmaps(tfds.features.FeatureConnector):
+    """Heatmaps that are stored as the blobs they consist of and rendered when decoded.
+
+    Encoded: the bytes of (16, R, 5) float32 blobs (see `simulator.render`). Decoded: (16, 64, 64)
+    float32. With `tfds.decode.SkipDecoding` the bytes come back.
+    """
+
+    def get_tensor_info(self) -> tfds.features.TensorInfo:  # noqa: D102
+        shape = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
+        return tfds.features.TensorInfo(shape=shape, dtype=np.float32)
+
+    def get_serialized_info(self) -> tfds.features.TensorInfo:  # noqa: D102
+        return tfds.features.TensorInfo(shape=(), dtype=np.object_)
+
+    def encode_example(self, example_data: Float32[np.ndarray, "16 R 5"]) -> bytes:  # noqa: D102
+        return example_data.tobytes()
+
+    def decode_example_np(self, example_data: bytes) -> Float32[np.ndarray, "16 64 64"]:  # noqa: D102
+        return np.asarray(simulator.render(decode_blobs(example_data)))
+
+    def to_json_content(self) -> dict[str, Any]:  # noqa: D102
+        return {}
+
+    @classmethod
+    def from_json_content(cls, value: dict[str, Any]) -> RenderedHeatmaps:  # noqa: D102
+        del value
+        return cls()
+
+
+def decode_blobs(data: bytes) -> Float32[np.ndarray, "16 R 5"]:
+    """The blobs of an encoded example."""
+    return np.frombuffer(data, np.float32).reshape(NUM_HEATMAPS, -1, 5)
+
+
+class Motion(tfds.core.GeneratorBasedBuilder):
+    """Poses from motion capture with simulated heatmaps of a 2D detector."""
+
+    VERSION = tfds.core.Version("1.1.0")
+
+    def __init__(self, config: MotionConfig, data_dir: str | Path | None = None) -> None:
+        self._motion = config
+        named = tfds.core.BuilderConfig(name=data_set_name(config))
+        super().__init__(config=named, data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        def tensor(shape: tuple[int, ...], dtype: type, doc: str) -> tfds.features.Tensor:
+            return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes", doc=doc)
+
+        pose_doc = "Human3.6M order, from the hip, x right, y up, z towards the camera"
+        xy_doc = "true projections in heatmap cells"
+        hidden_doc = "behind another part of the body, MPII order"
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "heatmaps": RenderedHeatmaps(doc="MPII order, row = y, column = x"),
+                    "pose_mm": tensor((NUM_JOINTS, 3), np.float32, pose_doc),
+                    "keypoints_xy": tensor((NUM_JOINTS, 2), np.float32, xy_doc),
+                    "hidden": tensor((NUM_HEATMAPS,), np.bool_, hidden_doc),
+                    "clip": tfds.features.Text(doc="name of the recording"),
+                    "frame": tfds.features.Scalar(np.int32, doc="frame of the clip, as thinned"),
+                }
+            ),
+            description="Motion capture seen by simulated cameras and a simulated detector.",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+        del dl_manager
+        config = self._motion
+        if config.source == EMBEDDED:
+            every = [clips.thin(clip, config.fps) for clip in clips.load_embedded()]
+        else:
+            every = clips.read_folder(config.source, fps=config.fps, test_clips=config.test_clips)
+        return {
+            split: self._generate_examples([clip for clip in every if clip.split == split], split)
+            for split in _SPLITS
+        }
+
+    def _generate_examples(
+        self, recordings: list[clips.Clip], split: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        config = self._motion
+        is_training = split == "train"
+        views = config.train_views_per_frame if is_training else config.test_views_per_frame
+        stride = 1 if is_training else config.test_stride
+        total = views * sum(len(clip.positions_mm[::stride]) for clip in recordings)
+        if total * _EXAMPLE_BYTES > _LARGEST_SPLIT_BYTES:
+            raise ValueError(
+                f"The {split} split would have {total} examples; more than "
+                f"{_LARGEST_SPLIT_BYTES // _EXAMPLE_BYTES} cannot be sorted in memory. Use fewer "
+                f"views per frame (now {views}), fewer frames a second (fps) or a larger stride."
+            )
+        all_positions_mm = np.concatenate([clip.positions_mm for clip in recordings])
+        for clip in recordings:
+            for view in range(views):
+                seeds = [config.seed, _SPLITS.index(split), zlib.crc32(clip.name.encode()), view]
+                rng = np.random.default_rng(seeds)
+                positions_mm = clip.positions_mm[::stride]
+                if is_training:
+                    chance = config.body.exchange
+                    positions_mm = exchange_parts(rng, positions_mm, all_positions_mm, chance)
+                columns = make_examples(rng, positions_mm, config)
+                for row in range(len(positions_mm)):
+                    frame = row * stride
+                    example = {key: column[row] for key, column in columns.items()}
+                    example |= {"clip": clip.name, "frame": np.int32(frame)}
+                    yield f"{clip.name}/{frame}/{view}", example
+
+
+def make_examples(
+    rng: np.random.Generator, positions_mm: Float[np.ndarray, "B 17 3"], config: MotionConfig
+) -> dict[str, np.ndarray]:
+    """Makes one example of each pose in the world (z up, the floor at z = 0).
+
+    Returns:
+      `heatmaps` as blobs (B, 16, R, 5), `pose_mm` (B, 17, 3), `keypoints_xy` (B, 17, 2), all
+      float32, and `hidden` (B, 16) bool.
+    """
+    world = vary_bodies(rng, positions_mm, config.body)
+    camera = cameras.sample_cameras(rng, world[:, 0], config.camera)
+    points = cameras.world_to_camera(world, camera)
+    pixels = cameras.project(points, camera)
+    crop = _disturb(rng, crops.square_crop(pixels), config.crop)
+    keypoints = crops.pixels_to_cells(pixels, *crop)
+    detections = simulator.simulate(rng, points, keypoints, config.simulator)
+    return {
+        "heatmaps": detections.blobs,
+        "pose_mm": cameras.output_pose(points).astype(np.float32),
+        "keypoints_xy": keypoints.astype(np.float32),
+        "hidden": detections.hidden,
+    }
+
+
+def _disturb(rng: np.random.Generator, crop: crops.Crop, config: CropConfig) -> crops.Crop:
+    batch = len(crop.side_px)
+    side = crop.side_px * np.exp(rng.normal(0.0, config.scale_std, batch))
+    shift = rng.normal(0.0, config.shift_std, (batch, 2))
+    cut = rng.random((batch, 1)) < config.cut
+    shift = shift + cut * rng.uniform(-config.cut_shift, config.cut_shift, (batch, 2))
+    centre = crop.corner_px + crop.side_px[:, None] * (0.5 + shift)
+    side = np.round(side)
+    return crops.Crop(np.round(centre - side[:, None] / 2), side)
+
+
+def prepare(fields: Any, data_dir: str | Path | None = None) -> tfds.core.DatasetBuilder:
+    """Opens the data set of a configuration, after writing it if it is not there yet.
+
+    A second process that prepares the same waits for the first.
+
+    Args:
+      fields: those of `MotionConfig` that differ from their defaults, a ConfigDict or a mapping.
+      data_dir: folder of all data sets; by default where TFDS keeps them.
+
+    Returns:
+      The prepared builder, for `read_all` or `as_data_source`.
+
+    Raises:
+      ValueError, FileNotFoundError: for wrong fields or an unreadable source.
+      OSError: if it cannot be written, as on a full disk.
+    """
+    config = parse(MotionConfig, fields, "config.data.builder")
+    base = prepared.all_of(Motion.name, data_dir)
+    folder = base / data_set_name(config) / str(Motion.VERSION)
+    with prepared.preparing(folder):
+        if not folder.exists():
+            Motion(config, data_dir).download_and_prepare()
+    return prepared.opened(folder)
+
+
+def read_all(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.ndarray]:
+    """Reads a whole split into memory without rendering it.
+
+    Args:
+      builder: a prepared builder.
+      split: "train" or "test", or a part of it such as "train[:10%]".
+
+    Returns:
+      `blobs` (N, 16, R, 5), `pose_mm` (N, 17, 3), `keypoints_xy` (N, 17, 2) float32, `hidden`
+      (N, 16) bool, `clip` (N,) str and `frame` (N,) int32, in the stored (shuffled) order.
+    """
+    source = builder.as_data_source(split, decoders={"heatmaps": tfds.decode.SkipDecoding()})
+    rows = source.__getitems__(range(len(source)))
+    return {
+        "blobs": np.stack([decode_blobs(row["heatmaps"]) for row in rows]),
+        **{key: np.stack([row[key] for row in rows]) for key in ("pose_mm", "keypoints_xy")},
+        "hidden": np.stack([row["hidden"] for row in rows]),
+        "clip": np.array([row["clip"].decode() for row in rows]),
+        "frame": np.array([row["frame"] for row in rows], np.int32),
+    }
