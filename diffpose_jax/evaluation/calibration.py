@@ -18,9 +18,9 @@ import numpy as np
 from absl import logging
 from flax import struct
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Real, Shaped
 
-from diffpose_jax import config
+from diffpose_jax.config import check_range, parse
 from diffpose_jax.evaluation import aggregation
 from diffpose_jax.evaluation.metrics import joint_errors
 from diffpose_jax.io.files import read_json, write_json
@@ -33,6 +33,7 @@ CALIBRATIONS = "calibration.json"
 """The file in a model's folder with its calibrations: {method: {field: value, "fitted_on": {}}}."""
 
 _FITTED_ON = "fitted_on"
+_IN_FITTED_ON = ("solver", "num_hypotheses")  # fields that the file holds there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +86,12 @@ class Calibration:
 
     def __post_init__(self) -> None:
         most = 1e12
-        config.check_range(
-            self,
-            level=(1e-6, 1 - 1e-6),
-            floor_mm=(0, most),
-            num_frames=(0, most),
-            num_groups=(0, most),
-        )
+        counts = dict.fromkeys(("floor_mm", "num_frames", "num_groups"), (0, most))
+        check_range(self, level=(1e-6, 1 - 1e-6), **counts)
         # JAX makes calibrations of other things than arrays, too.
-        if isinstance(self.factor, np.ndarray) and not np.all(
-            (self.factor >= 0) & (self.factor < most)
-        ):
-            raise ValueError(f"factor must be finite and not negative, not {self.factor}")
+        factor = self.factor if isinstance(self.factor, np.ndarray) else np.ones(1)
+        if not np.all((factor >= 0) & (factor < most)):
+            raise ValueError(f"factor must be finite and not negative, not {factor}")
 
     def fits(self, solver: str, num_hypotheses: int) -> bool:
         """Whether it holds for hypotheses of that solver and number, as far as is known."""
@@ -125,7 +120,7 @@ def uncalibrated(level: float) -> Calibration:
 def choose(
     method: str,
     poses_mm: Float[Array, "B M 17 3"],
-    heatmaps: Float[Array, "B 16 64 64"],
+    heatmaps: Real[Array, "B 16 64 64"],
     calibration: Calibration,
 ) -> tuple[Float[Array, "B 17 3"], Float[Array, "B 17"], Float[Array, "B 17 3 3"]]:
     """The single pose of each frame by a method, its radii and the hypotheses' covariances."""
@@ -141,8 +136,8 @@ def radius(
     """Radius around the chosen pose within which each joint lies with the calibration's level.
 
     The quantile at that level (linear interpolation) of the hypotheses' distances from the chosen
-    pose, times the joint's factor. It is 0 for the hip, which is the origin. For M = 1 all distances
-    are 0: the uncalibrated radii say nothing, the calibrated ones are the same in every frame.
+    pose, times the joint's factor; 0 for the hip, which is the origin. For M = 1 the distances are
+    0: the uncalibrated radii say nothing, the calibrated ones are the same in every frame.
     """
     distances_mm = joint_errors(hypotheses_mm, chosen_mm[:, None])
     quantile_mm = jnp.quantile(distances_mm, calibration.level, axis=1)
@@ -159,18 +154,18 @@ def fit_calibration(
 ) -> Calibration:
     """Fits a joint's factor on held-out frames: normalised split conformal prediction.
 
-    A frame's score is the distance of the truth from the chosen pose over the hypotheses' radius, at
-    least `RADIUS_FLOOR_MM` (Papadopoulos et al., 2002 and 2011; Angelopoulos and Bates, arXiv
+    A frame's score is the distance of the truth from the chosen pose over the hypotheses' radius,
+    at least `RADIUS_FLOOR_MM` (Papadopoulos et al., 2002 and 2011; Angelopoulos and Bates, arXiv
     2107.07511, Sec. 2.3.2). Of n exchangeable frames the score of rank ceil((n + 1) level) is the
     factor with which a new frame's joint lies within its radius with at least that probability,
     whatever the hypotheses are worth.
 
-    Frames of one clip are not exchangeable with those of another, and their number overstates what
-    they show. So all groups weigh alike and the rank is that of groups: the weighted quantile at
-    level (K + 1) / K of K groups holds for a new frame of a new group (Lee, Barber and Willett, arXiv
-    2306.06342). With fewer than level / (1 - level) groups, 9 for 90 percent, no finite factor has
-    that guarantee: then it is the quantile at the level itself (the CDF pooling of Dunn, Wasserman
-    and Ramdas, arXiv 1809.07441), which holds as K grows, and `Calibration.meaning` says so.
+    Frames of one clip are not exchangeable with those of another, and their number overstates
+    what they show. So all groups weigh alike and the rank is that of groups: the weighted quantile
+    at level (K + 1) / K of K groups holds for a new frame of a new group (Lee, Barber and Willett,
+    arXiv 2306.06342). With fewer than level / (1 - level) groups, 9 for 90 percent, no finite
+    factor has that guarantee: then it is the quantile at the level itself (the CDF pooling of Dunn,
+    Wasserman and Ramdas, arXiv 1809.07441), which holds as K grows.
 
     Args:
       distances_mm: from the chosen pose to the truth.
@@ -194,10 +189,9 @@ def fit_calibration(
     corrected = _corrected_level(level, len(sizes)) or level
     # Sums of such shares reach a level that they ought to reach but for rounding.
     rank = np.minimum(np.sum(mass < corrected - 1e-9, axis=0), num_frames - 1)
-    factor = np.take_along_axis(scores, np.take_along_axis(order, rank[None], 0), 0)[0]
-    return Calibration(
-        np.float32(factor), RADIUS_FLOOR_MM, level, num_frames, len(sizes), solver, num_hypotheses
-    )
+    factor = np.take_along_axis(np.sort(scores, axis=0), rank[None], 0)[0].astype(np.float32)
+    counts = num_frames, len(sizes)
+    return Calibration(factor, RADIUS_FLOOR_MM, level, *counts, solver, num_hypotheses)
 
 
 def _corrected_level(level: float, num_groups: int) -> float | None:
@@ -207,15 +201,15 @@ def _corrected_level(level: float, num_groups: int) -> float | None:
     return level * (num_groups + 1) / num_groups
 
 
-def is_as_fitted(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> bool:
+def is_as_fitted(path: Path, found: dict[str, Any], wanted: dict[str, Any] | None) -> bool:
     """Whether what a file was fitted on is what is wanted; warns of what differs.
 
     Args:
       path: the file, for the warning.
-      found: what the file says, None if it does not.
+      found: what the file says, nothing if it was written before that was noted.
       wanted: what it must be, None for anything.
     """
-    if found is None or wanted is None or found == wanted:
+    if not found or wanted is None or found == wanted:
         return True
     differing = ", ".join(
         f"{name} is {wanted.get(name)}, was {found.get(name)}"
@@ -235,11 +229,12 @@ def write_calibration(
       folder: the model's.
       method: one of `aggregation.METHODS`.
       calibration: the calibration.
-      fitted_on: what it depends on, with "solver" and "num_hypotheses".
+      fitted_on: what it depends on, with its solver and number of hypotheses.
     """
     path = Path(folder) / CALIBRATIONS
     fields = dataclasses.asdict(calibration) | {"factor": np.asarray(calibration.factor).tolist()}
-    del fields["solver"], fields["num_hypotheses"]  # they are read from `fitted_on`
+    for name in _IN_FITTED_ON:
+        del fields[name]
     write_json(path, _read(path) | {method: fields | {_FITTED_ON: fitted_on}})
 
 
@@ -251,29 +246,25 @@ def read_calibration(
     Args:
       checkpoint: the model's folder: a run, a step of one, or an export.
       method: one of `aggregation.METHODS`.
-      fitted_on: what it must have been fitted on, or it counts as none, with a warning; None for
-        anything. A calibration that does not say counts, too.
+      fitted_on: what it must have been fitted on, or it counts as none, with a warning.
 
     Raises:
       CheckpointError: if the file is damaged.
     """
     checkpoint = Path(checkpoint).absolute()
-    for folder in (checkpoint, *list(checkpoint.parents)[:2]):
-        path = folder / CALIBRATIONS
+    for path in (folder / CALIBRATIONS for folder in (checkpoint, *checkpoint.parents[:2])):
         content = _read(path)
         if method not in content:
             continue
         try:
             fields = dict(content[method])
-            was_fitted_on = fields.pop(_FITTED_ON, None)
-            known = dict(was_fitted_on or {})
-            for name in ("solver", "num_hypotheses"):
-                fields[name] = known.get(name)
+            found = dict(fields.pop(_FITTED_ON, {}))
+            fields |= {name: found.get(name) for name in _IN_FITTED_ON}
             fields["factor"] = np.float32(fields.get("factor", ()))
-            calibration = config.parse(Calibration, fields, method)
+            calibration = parse(Calibration, fields, method)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
-        if is_as_fitted(path, was_fitted_on, fitted_on):
+        if is_as_fitted(path, found, fitted_on):
             return calibration
     return None
 
