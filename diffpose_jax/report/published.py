@@ -6,14 +6,12 @@ Rows are `{metric: value}` under the names of `metrics.per_frame_metrics`.
 
 from __future__ import annotations
 
-_COLUMNS = ("mpjpe_best", "pa_mpjpe_best", "pck150_best", "cps_best", "symmetry")
+from diffpose_jax.report.tables import PAPER_METRICS
 
 
-def _row(*values: float | None) -> dict[str, float]:
-    """A row from the values of `_COLUMNS`; what was not published is left out."""
-    return {
-        column: value for column, value in zip(_COLUMNS, values, strict=False) if value is not None
-    }
+def _row(*values: float) -> dict[str, float]:
+    """A row from the first values of `PAPER_METRICS`."""
+    return dict(zip(PAPER_METRICS, values, strict=False))
 
 
 H36M: dict[str, dict[str, float]] = {

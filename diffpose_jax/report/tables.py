@@ -1,4 +1,4 @@
-"""Tables of results as Markdown and CSV."""
+"""How metrics are named and rounded; tables of results as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -10,23 +10,58 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How one metric of results.json is shown.
+
+    Attributes:
+      label: on the page.
+      heading: in tables, where it is known that a metric is that of the best hypothesis.
+      better: "lower" or "higher"; "" for a number that is not compared.
+    """
+
+    label: str
+    heading: str
+    unit: str = "mm"
+    digits: int = 1
+    better: str = "lower"
+
+    def text(self, value: float) -> str:
+        """The value rounded."""
+        return f"{value:.{self.digits}f}" if math.isfinite(value) else "n/a"
+
+
+METRICS: dict[str, Metric] = {
+    "mpjpe_best": Metric("MPJPE, best", "MPJPE"),
+    "mpjpe_mean": Metric("MPJPE, mean", "MPJPE, mean"),
+    "mpjpe_median": Metric("MPJPE, median", "MPJPE, median"),
+    "pa_mpjpe_best": Metric("PA-MPJPE, best", "PA-MPJPE"),
+    "pa_mpjpe_mean": Metric("PA-MPJPE, mean", "PA-MPJPE, mean"),
+    "pck150_best": Metric("PCK@150, best", "PCK", "%", 1, "higher"),
+    "pck150_all_best": Metric("PCK@150, all joints, best", "PCK, all joints", "%", 1, "higher"),
+    "pck150_scaled_best": Metric("PCK@150, scaled, best", "PCK, scaled", "%", 1, "higher"),
+    "cps_best": Metric("CPS, best", "CPS", "of 299", 1, "higher"),
+    "cps_area_best": Metric("CPS as an area, best", "CPS as an area", "of 299", 1, "higher"),
+    "symmetry": Metric("Symmetry", "Sym"),
+    "ece": Metric("ECE", "ECE", "", 3),
+    "energy_score": Metric("Energy score", "energy score"),
+    "radius_mm": Metric("Radius", "radius", better=""),
+    "coverage": Metric("Coverage", "within it", "", 3, ""),
+}
+"""The metrics of results.json in the order of the page."""
+
+PAPER_METRICS = ("mpjpe_best", "pa_mpjpe_best", "pck150_best", "cps_best", "symmetry")
+"""The columns of the paper's tables."""
+
 Headings = Mapping[str, tuple[str, int]]
 """Column to its heading and decimals."""
 
+_OTHERS = ("pck150_scaled_best", "mpjpe_mean", "energy_score", "ece", "radius_mm", "coverage")
 COLUMNS: Headings = {
-    "mpjpe_best": ("MPJPE", 1),
-    "pa_mpjpe_best": ("PA-MPJPE", 1),
-    "pck150_best": ("PCK", 1),
-    "cps_best": ("CPS", 1),
-    "symmetry": ("Sym", 1),
-    "pck150_scaled_best": ("PCK, scaled", 1),
-    "mpjpe_mean": ("MPJPE, mean", 1),
-    "energy_score": ("energy score", 1),
-    "ece": ("ECE", 3),
-    "radius_mm": ("radius", 1),
-    "coverage": ("within it", 3),
+    name: (METRICS[name].heading, METRICS[name].digits) for name in PAPER_METRICS + _OTHERS
 }
-"""The columns of most tables: metrics, of which the first five are the paper's."""
+"""The columns of most tables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +72,6 @@ class Table:
       columns: keys of `headings`.
       rows: (name, `{column: values}`): the values of several seeds, or one. A column that a row
         does not have stays empty.
-      headings: heading and decimals of each column.
     """
 
     columns: tuple[str, ...]
@@ -49,10 +83,7 @@ class Table:
         headings = ["", *(self.headings[column][0] for column in self.columns)]
         lines = [headings, ["---"] * len(headings)]
         for name, metrics in self.rows:
-            cells = [
-                _rounded(metrics.get(column, ()), self.headings[column][1])
-                for column in self.columns
-            ]
+            cells = [_rounded(metrics.get(c, ()), self.headings[c][1]) for c in self.columns]
             lines.append([name, *cells])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -60,14 +91,11 @@ class Table:
         """One line a row: name, number of values, then mean and spread of each metric, exact."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        pairs = [(column, f"{column} spread") for column in self.columns]
-        writer.writerow(["name", "values", *(heading for pair in pairs for heading in pair)])
+        headings = [h for column in self.columns for h in (column, f"{column} spread")]
+        writer.writerow(["name", "values", *headings])
         for name, metrics in self.rows:
-            cells = [
-                cell
-                for column in self.columns
-                for cell in map(_exact, mean_and_spread(metrics.get(column, ())))
-            ]
+            numbers = [n for c in self.columns for n in mean_and_spread(metrics.get(c, ()))]
+            cells = ["" if math.isnan(number) else number for number in numbers]
             writer.writerow([name, max(map(len, metrics.values()), default=0), *cells])
         return text.getvalue()
 
@@ -83,7 +111,3 @@ def _rounded(values: Sequence[float], digits: int) -> str:
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
-
-
-def _exact(value: float) -> str:
-    return "" if math.isnan(value) else repr(value)
