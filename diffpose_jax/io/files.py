@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes files so that a kill leaves the old content or the new one, and reads JSON."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 
+class FileError(ValueError):
+    """A file is damaged or holds something else than it should; the message names it."""
+
+
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Writes a file beside its place, then renames it: whole or not at all.
-
-    Args:
-      path: where to; its folders are made.
-      content: the bytes.
-
-    Returns:
-      The path.
+    """Writes a file beside its place, then renames it; its folders are made.
 
     Raises:
       OSError: names the file, for a full disk or a folder that cannot be written.
     """
     path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with beside.open("wb") as file:
                 file.write(content)
@@ -51,20 +48,10 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-class FileError(ValueError):
-    """A file is damaged or holds something else than it should; the message names it."""
-
-
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      FileError: if it is not JSON.
-    """
-    path = Path(path)
+    """Reads a JSON file; raises FileError if it is none, FileNotFoundError if it is not there."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:  # the latter if it is nested too deep
         raise FileError(f"{path} is no JSON file, or damaged: {error}") from error
 

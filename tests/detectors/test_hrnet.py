@@ -136,14 +136,14 @@ def test_every_bad_tensor_is_named(tensors):
     with pytest.raises(ValueError, match="HRNet-W32 with 16 joints") as error:
         hrnet.from_torch(bad)
     for problem in (
-        "tensor final_layer.weight is (17, 32, 1, 1), not (16, 32, 1, 1);",
-        "tensor final_layer.bias is (17,), not (16,).",
-        "tensor conv1.weight is (3, 3, 3, 64), not (64, 3, 3, 3);",
-        "missing tensor stage3.1.fuse_layers.2.0.1.1.running_var;",
-        "unknown tensor incre_modules.0.0.conv1.weight;",
+        "final_layer.weight is (17, 32, 1, 1), not (16, 32, 1, 1);",
+        "final_layer.bias is (17,), not (16,);",
+        "conv1.weight is (3, 3, 3, 64), not (64, 3, 3, 3);",
+        "stage3.1.fuse_layers.2.0.1.1.running_var is missing;",
+        "incre_modules.0.0.conv1.weight is unknown.",
     ):
         assert problem in str(error.value)
-    assert str(error.value).count("tensor ") == 5
+    assert str(error.value).count(";") == 4
 
 
 # --- detectors as folders ----------------------------------------------------------------
@@ -185,18 +185,11 @@ def test_saving_overwrites_nothing(folder, params):
         detectors.save(folder, "hrnet_w32", params)
 
 
-def test_saving_another_network(tmp_path, params):
-    with pytest.raises(ValueError, match=r"one of hrnet_w32.*'hrnet_w48'"):
-        detectors.save(tmp_path / "detector", "hrnet_w48", params)
-    assert not (tmp_path / "detector").exists()
-
-
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
         (None, "not a converted detector"),
         ("{", "not a converted detector"),
-        ("[]", "not a 'diffpose_jax detector 1'"),
         (json.dumps({"format": "diffpose_jax detector 2", "network": "hrnet_w32"}), "detector 2"),
         (json.dumps({"format": detectors.FORMAT, "network": "hrnet_w48"}), "hrnet_w48"),
         (json.dumps({"format": detectors.FORMAT, "network": "hrnet_w32"}), "cannot read weights"),
@@ -213,6 +206,6 @@ def test_folders_that_are_no_detector(tmp_path, metadata, problem):
 def test_weights_that_do_not_fit(tmp_path):
     changed = {"final_layer": {"kernel": np.zeros((1, 1, 32, 17), np.float32)}}
     detectors.save(tmp_path / "detector", "hrnet_w32", changed)
-    problem = r"weights do not fit: conv1\.bias is missing, not \(64,\)"
+    problem = r"fit: final_layer\.kernel is \(1, 1, 32, 17\), .* conv1\.bias is missing; .* more"
     with pytest.raises(ValueError, match=problem):
         detectors.load(tmp_path / "detector")

@@ -17,9 +17,9 @@ def test_a_tree(tmp_path):
     other = {"c": np.ones(3)}
     trees.save_tree(tmp_path / "tree", other)
     chex.assert_trees_all_equal(trees.load_tree(tmp_path / "tree", other), other)
-    with pytest.raises(CheckpointError, match=r"tree do not fit: a\.b is missing, not \(3,\)"):
+    with pytest.raises(CheckpointError, match=r"tree do not fit: a\.b is missing; c is unknown"):
         trees.load_tree(tmp_path / "tree", tree)
-    with pytest.raises(CheckpointError, match=r"tree do not fit: c has shape \(3,\), but there is"):
+    with pytest.raises(CheckpointError, match="tree do not fit: c is unknown"):
         trees.load_tree(tmp_path / "tree", {})
     with pytest.raises(CheckpointError, match="cannot read nothing"):
         trees.load_tree(tmp_path / "nothing", tree)
@@ -28,7 +28,7 @@ def test_a_tree(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "chunk", "problem"),
     [
-        (10**9, 10**6, r"tree do not fit: a has shape \(1000000000,\), not \(3,\)"),
+        (10**9, 10**6, r"tree do not fit: a is \(1000000000,\), not \(3,\)"),
         (3, 10**9, "tree is damaged: a has chunks larger than itself"),
     ],
 )
