@@ -170,16 +170,12 @@ def covariance(hypotheses_mm: Float[Array, "B M 17 3"]) -> Float[Array, "B 17 3 
     return products / max(hypotheses_mm.shape[1] - 1, 1)
 
 
-def _take(
-    hypotheses_mm: Float[Array, "B M 17 3"], index: Int[Array, " B"]
-) -> Float[Array, "B 17 3"]:
+def _take(hypotheses_mm: Array, index: Int[Array, " B"]) -> Float[Array, "B 17 3"]:
     """One hypothesis of each frame."""
     return jnp.take_along_axis(hypotheses_mm, index[:, None, None, None], axis=1)[:, 0]
 
 
-def _weighted_mean(
-    hypotheses_mm: Float[Array, "B M 17 3"], weights: Float[Array, "B M"]
-) -> Float[Array, "B 17 3"]:
+def _weighted_mean(hypotheses_mm: Array, weights: Float[Array, "B M"]) -> Float[Array, "B 17 3"]:
     """The mean with weights that sum to 1."""
     return jnp.einsum("bm,bmjk->bjk", weights, hypotheses_mm, precision=_HIGHEST)
 
@@ -189,9 +185,7 @@ def _sum_over_others(
 ) -> Float[Array, "B M"]:
     """For each hypothesis the sum over the others of a symmetric function of two.
 
-    Args:
-      hypotheses_mm: the hypotheses.
-      of_squares: squared distances of joints (B, 17, M) -> (B, M).
+    `of_squares` makes (B, M) of squared distances of the joints (B, 17, M).
     """
     M = hypotheses_mm.shape[1]
 

@@ -170,9 +170,8 @@ def fit_gaussians(heatmaps: Float[Array | np.ndarray, "*B H W"]) -> GaussianFit:
 def is_ambiguous(
     heatmaps: Float[Array | np.ndarray, "B J H W"], threshold_px: float = 5.0
 ) -> Bool[Array, " B"]:
-    """Tells which frames belong to the ambiguous subset (H36MA of Wehrbein et al., 2021).
+    """Whether a joint's Gaussian is wider than the threshold (H36MA of Wehrbein et al., 2021).
 
-    Those where the larger width of the Gaussian fitted to at least one joint is above the
-    threshold. A map without a positive cell counts as wide.
+    A map without a positive cell counts as wide.
     """
     return jnp.any(fit_gaussians(heatmaps).sigma_px[..., 0] > threshold_px, axis=-1)

@@ -11,7 +11,6 @@ in millimetres.
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from pathlib import Path
@@ -50,7 +49,7 @@ class RegressionNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B F"], *, train: bool) -> Float[Array, "B 48"]:
-        """Applies the network; to train needs the random stream `dropout`, updates `batch_stats`."""
+        """Training needs the random stream `dropout` and a mutable `batch_stats`."""
 
         def layer(x: Array) -> Array:
             x = nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(x)
@@ -65,10 +64,7 @@ class RegressionNetwork(nn.Module):
 
 @struct.dataclass
 class RegressionParams:
-    """A fitted regression: its network's variables, and the moments of what it was trained on.
-
-    The poses' moments are without the hip.
-    """
+    """A fitted regression: its network, and the moments of inputs and poses (without the hip)."""
 
     variables: Any
     input_mean: Float[Array, "16 3"]
@@ -79,12 +75,7 @@ class RegressionParams:
 
 @struct.dataclass
 class GaussianParams:
-    """A Gaussian around the regression's pose.
-
-    Attributes:
-      factor_mm: F with F F^T the covariance of the residuals of the 16 joints without the hip,
-        joint-major.
-    """
+    """F with F F^T the residuals' covariance (joint-major, without the hip)."""
 
     factor_mm: Float[Array, "48 48"]
 
@@ -148,65 +139,45 @@ def fit_regression(
     x = jnp.asarray((inputs - input_mean) / input_std).reshape(N, -1)
     y = jnp.asarray((poses_mm[:, 1:] - pose_mean_mm) / pose_std_mm).reshape(N, -1)
 
-    init_key, *step_keys = jax.random.split(key, 3)
-    variables = RegressionNetwork(width).init(init_key, x[:1], train=False)
-    params, batch_stats = variables["params"], variables["batch_stats"]
-    state = (params, batch_stats, _optimizer(learning_rate, steps).init(params), jnp.zeros(()))
-    settings = {"num_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    init_key, batch_key, dropout_key = jax.random.split(key, 3)
+    network = RegressionNetwork(width)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+    @jax.jit  # x and y as arguments: as constants they would be compiled
+    def train(first: int, last: int, state: tuple[Any, ...], x: Array, y: Array) -> tuple[Any, ...]:
+        def step(i: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            params, batch_stats, optimizer_state, _ = state
+            rows = jax.random.randint(jax.random.fold_in(batch_key, i), (batch_size,), 0, len(x))
+
+            def loss_fn(params: Any) -> tuple[Array, Any]:
+                prediction, updates = network.apply(
+                    {"params": params, "batch_stats": batch_stats},
+                    x[rows],
+                    train=True,
+                    rngs={"dropout": jax.random.fold_in(dropout_key, i)},
+                    mutable=["batch_stats"],
+                )
+                return jnp.mean((prediction - y[rows]) ** 2), updates["batch_stats"]
+
+            (loss, updated), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+            return optax.apply_updates(params, updates), updated, optimizer_state, loss
+
+        return jax.lax.fori_loop(first, last, step, state)
+
+    variables = network.init(init_key, x[:1], train=False)
+    params = variables["params"]
+    state = (params, variables["batch_stats"], optimizer.init(params), jnp.zeros(()))
     with tqdm(total=steps, desc="regression baseline", unit="step") as progress:
         for first in range(0, steps, _STEPS_PER_DISPATCH):
             last = min(first + _STEPS_PER_DISPATCH, steps)
-            state = _train(first, last, state, x, y, *step_keys, width=width, **settings)
+            state = train(first, last, state, x, y)
             progress.set_postfix(loss=f"{float(state[3]):.4f}", refresh=False)
             progress.update(last - first)
 
     variables = {"params": state[0], "batch_stats": state[1]}
     moments = map(jnp.asarray, (input_mean, input_std, pose_mean_mm, pose_std_mm))
     return RegressionParams(variables, *moments)
-
-
-@functools.partial(jax.jit, static_argnames=("width", "num_steps", "batch_size", "learning_rate"))
-def _train(
-    first: int,
-    last: int,
-    state: tuple[Any, ...],
-    x: Float[Array, "N 48"],
-    y: Float[Array, "N 48"],
-    batch_key: Key[Array, ""],
-    dropout_key: Key[Array, ""],
-    *,
-    width: int,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-) -> tuple[Any, ...]:
-    """Steps `first` to `last` of `num_steps` on (params, batch_stats, optimizer state, loss)."""
-    network = RegressionNetwork(width)
-    optimizer = _optimizer(learning_rate, num_steps)
-
-    def step(i: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        params, batch_stats, optimizer_state, _ = state
-        rows = jax.random.randint(jax.random.fold_in(batch_key, i), (batch_size,), 0, len(x))
-
-        def loss_fn(params: Any) -> tuple[Array, Any]:
-            prediction, updates = network.apply(
-                {"params": params, "batch_stats": batch_stats},
-                x[rows],
-                train=True,
-                rngs={"dropout": jax.random.fold_in(dropout_key, i)},
-                mutable=["batch_stats"],
-            )
-            return jnp.mean((prediction - y[rows]) ** 2), updates["batch_stats"]
-
-        (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        return optax.apply_updates(params, updates), batch_stats, optimizer_state, loss
-
-    return jax.lax.fori_loop(first, last, step, state)
-
-
-def _optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
 
 
 def _mean_and_std(
@@ -253,9 +224,7 @@ def draw(
     """Draws hypotheses around the regression's poses; jittable."""
     B, M = mean_poses_mm.shape[0], num_hypotheses
     normal = jax.random.normal(key, (B, M, gaussian.factor_mm.shape[0]))
-    residuals = jnp.einsum(
-        "bmk,jk->bmj", normal, gaussian.factor_mm, precision=jax.lax.Precision.HIGHEST
-    )
+    residuals = jnp.einsum("bmk,jk->bmj", normal, gaussian.factor_mm, precision="highest")
     return mean_poses_mm[:, None] + _with_hip(residuals.reshape(B, M, NUM_JOINTS - 1, 3))
 
 

@@ -38,14 +38,9 @@ _IN_FITTED_ON = ("solver", "num_hypotheses")  # fields that the file holds there
 
 @dataclasses.dataclass(frozen=True)
 class SinglePose:
-    """The one pose that was made of a frame's hypotheses, and how sure it is.
+    """The one pose that was made of a frame's hypotheses by a method of `aggregation.METHODS`.
 
-    Attributes:
-      pose_mm: hip-centred, y up.
-      radius_mm: a joint lies within it with the frequency `level`.
-      level: in (0, 1).
-      method: one of `aggregation.METHODS`.
-      meaning: what the radius means, in words.
+    A joint lies within its radius with the frequency `level`; `meaning` says that in words.
     """
 
     pose_mm: Float[np.ndarray, "17 3"]
@@ -72,8 +67,7 @@ class Calibration:
       level: the frequency in (0, 1) with which a joint lies within its radius.
       num_frames: number of frames that it was fitted on; 0 if it was not.
       num_groups: number of independent groups of frames among them.
-      solver: the solver that drew the hypotheses, None if that is not known.
-      num_hypotheses: their number, None if that is not known.
+      solver: what drew the hypotheses; None, as `num_hypotheses`, if that is not known.
     """
 
     factor: Float[np.ndarray, " 17"]
@@ -173,7 +167,7 @@ def fit_calibration(
       level: in (0, 1).
       groups: labels, such as the clip of each frame.
       solver: what drew the hypotheses.
-      num_hypotheses: M.
+      num_hypotheses: their number.
 
     Raises:
       ValueError: if there are no frames, or a distance or radius is negative or not finite.
@@ -202,12 +196,9 @@ def _corrected_level(level: float, num_groups: int) -> float | None:
 
 
 def is_as_fitted(path: Path, found: dict[str, Any], wanted: dict[str, Any] | None) -> bool:
-    """Whether what a file was fitted on is what is wanted; warns of what differs.
+    """Whether what a file says that it was fitted on is what is wanted; warns of what differs.
 
-    Args:
-      path: the file, for the warning.
-      found: what the file says, nothing if it was written before that was noted.
-      wanted: what it must be, None for anything.
+    A file that does not say is taken as it is.
     """
     if not found or wanted is None or found == wanted:
         return True
@@ -223,13 +214,9 @@ def is_as_fitted(path: Path, found: dict[str, Any], wanted: dict[str, Any] | Non
 def write_calibration(
     folder: str | Path, method: str, calibration: Calibration, fitted_on: dict[str, Any]
 ) -> None:
-    """Writes a calibration beside a model, in place of an earlier one of the same method.
+    """Writes a calibration to a model's folder, in place of an earlier one of the same method.
 
-    Args:
-      folder: the model's.
-      method: one of `aggregation.METHODS`.
-      calibration: the calibration.
-      fitted_on: what it depends on, with its solver and number of hypotheses.
+    `fitted_on` is what it depends on, with its solver and number of hypotheses.
     """
     path = Path(folder) / CALIBRATIONS
     fields = dataclasses.asdict(calibration) | {"factor": np.asarray(calibration.factor).tolist()}
@@ -270,7 +257,6 @@ def read_calibration(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The calibrations in a file by their method; none if there is no file."""
     try:
         return dict(read_json(path)) if path.is_file() else {}
     except (TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from diffpose_jax.evaluation.alignment import procrustes_align
-from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_MIRROR, H36M_RIGHT, NUM_JOINTS
+from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_MIRROR, H36M_RIGHT
 
 PCK_THRESHOLD_MM = 150.0
 CPS_MAX_THRESHOLD_MM = 300
@@ -28,10 +28,7 @@ ECE_LEVELS: np.ndarray = np.linspace(0, 1, 21)
 BEST_AT: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 """Numbers of hypotheses at which the expected best error is reported."""
 
-PCK_JOINTS: np.ndarray = np.flatnonzero(
-    [name not in ("Hip", "Spine", "Nose") for name in H36M_JOINTS]
-)
-ALL_JOINTS: np.ndarray = np.arange(NUM_JOINTS)
+_PCK_JOINTS = np.flatnonzero([name not in ("Hip", "Spine", "Nose") for name in H36M_JOINTS])
 _CPS_JOINTS = np.flatnonzero([name != "Spine" for name in H36M_JOINTS])
 # (parent, joint) of the right limbs and clavicle. The pelvis is left out: the hip is the
 # midpoint of the two hips, so its halves are equal whatever was predicted.
@@ -47,7 +44,9 @@ def joint_errors(
     return jnp.sqrt(jnp.sum((poses_mm - truth_mm) ** 2, axis=-1))
 
 
-def pck(errors_mm: Float[Array, "*B 17"], joints: np.ndarray = PCK_JOINTS) -> Float[Array, "*B"]:
+def pck(
+    errors_mm: Float[Array, "*B 17"], joints: np.ndarray | slice = _PCK_JOINTS
+) -> Float[Array, "*B"]:
     """Percentage of correct keypoints: errors strictly below 150 mm.
 
     By default of 14 joints, without the hip, spine and nose, as in the published program.
@@ -63,12 +62,8 @@ def scale_corrected(
     What the published DiffPose program does before its scale-corrected PCK on MPI-INF-3DHP; the
     field's N-MPJPE (Rhodin et al. 2018) takes the least-squares scale instead.
     """
-
-    def norm(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
-
-    size = norm(poses_mm)
-    return poses_mm * (norm(truth_mm) / jnp.where(size > 0, size, 1.0))
+    size, wanted = (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in (poses_mm, truth_mm))
+    return poses_mm * (wanted / jnp.where(size > 0, size, 1.0))
 
 
 def correct_poses_score(aligned_errors_mm: Float[Array, "*B M 17"]) -> Float[Array, "*B"]:
@@ -287,7 +282,7 @@ def per_frame_metrics(
         "pa_mpjpe_best": jnp.min(pa_mpjpe, axis=1),
         "pa_mpjpe_mean": jnp.mean(pa_mpjpe, axis=1),
         "pck150_best": jnp.max(pck(errors), axis=1),
-        "pck150_all_best": jnp.max(pck(errors, ALL_JOINTS), axis=1),
+        "pck150_all_best": jnp.max(pck(errors, slice(None)), axis=1),
         "pck150_scaled_best": jnp.max(pck(scaled_errors), axis=1),
         "cps_best": correct_poses_score(aligned_errors),
         "cps_area_best": correct_poses_area(aligned_errors),
@@ -303,13 +298,7 @@ def per_frame_metrics(
 
 @struct.dataclass
 class MetricSums:
-    """Sums of `per_frame_metrics` over frames: a pytree, so those of other frames add to it.
-
-    Attributes:
-      frames: the number of frames (or the sum of their weights).
-      sums: by metric, the sum over the frames.
-      num_hypotheses: M.
-    """
+    """Sums of `per_frame_metrics` over frames; a pytree, to which that of other frames is added."""
 
     frames: ArrayLike
     sums: dict[str, ArrayLike]
@@ -327,10 +316,7 @@ class MetricSums:
         * `ece_quantile`: median over all 17 joints of the mean share of hypotheses farther
           from the centre than the truth; ideal 0.5. The published DiffPose program's "ECE".
 
-        Returns:
-          The metrics of `per_frame_metrics` by name, with `mpjpe_best_at` a dict from K and
-          `within_quantile` turned into `ece`. Those that need several hypotheses are left out if
-          M = 1.
+        `mpjpe_best_at` is a dict from K; what needs several hypotheses is left out if M = 1.
         """
         frames = float(np.asarray(self.frames))
         means = {name: np.asarray(total, np.float64) / frames for name, total in self.sums.items()}
