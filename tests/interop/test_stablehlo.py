@@ -1,5 +1,6 @@
 """The sampler as a program: it draws what the library draws, where there is no library."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,12 +18,12 @@ from absl import app
 from jax import export
 from small import random_heatmaps, small_model, small_network
 
+from diffpose_jax import inference
 from diffpose_jax.config import ConfigError
 from diffpose_jax.interop import stablehlo
 from diffpose_jax.io import extras, files
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
-from diffpose_jax.training import checkpoints
 
 NUM_HYPOTHESES = 30
 BATCHES = (1, 3, 70)
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "stablehlo"
-    stablehlo.write(folder, stablehlo.build(small_model(), NUM_HYPOTHESES))
+    stablehlo.write(folder, stablehlo.build(small_model(), NUM_HYPOTHESES, small_model().solver))
     return folder
 
 
@@ -89,19 +90,16 @@ def test_the_same_seed_gives_the_library_s_hypotheses_without_the_library(folder
 
 def test_another_solver_and_candidates_for_each_hypothesis(tmp_path):
     library, maps = small_model(candidates="per_hypothesis"), random_heatmaps(5, 2)
-    solver = "dpm++:3"
-    stablehlo.write(tmp_path / "s", stablehlo.build(library, 2, solver))
+    stablehlo.write(tmp_path / "s", stablehlo.build(library, 2, library.parse_solver("dpm++:3")))
     poses_mm = example_of(tmp_path / "s").load(tmp_path / "s")(7, maps)
-    expected = library.network.sample(
-        library.params, jax.random.key(7), jnp.asarray(maps), 2, solver=solver
-    )
+    expected = library.sample(jax.random.key(7), maps, 2, solver="dpm++:3")
     np.testing.assert_allclose(poses_mm, expected, atol=0.1)
-    assert json.loads((tmp_path / "s" / "sampler.json").read_text())["solver"] == solver
+    assert json.loads((tmp_path / "s" / "sampler.json").read_text())["solver"] == "dpm++:3"
 
 
 def test_the_passes_are_those_of_the_platform_that_runs_it():
     """Wherever it is exported: 200 hypotheses at a time on a CPU, all 6,400 elsewhere."""
-    network = small_network()
+    network, solver = small_network(), small_model().solver
     shapes = (
         jax.eval_shape(network.init, jax.random.key(0)),
         jax.ShapeDtypeStruct((), jnp.uint32),
@@ -110,7 +108,7 @@ def test_the_passes_are_those_of_the_platform_that_runs_it():
 
     @jax.jit
     def sampler(params, seed, heatmaps):
-        return network.sample(params, jax.random.key(seed), heatmaps, 100)
+        return network.draw(params, jax.random.key(seed), solver, heatmaps, 100).poses_mm
 
     def passes(*platforms):
         program = export.export(sampler, platforms=platforms)(*shapes).mlir_module()
@@ -139,7 +137,7 @@ def test_the_description(folder):
 
 def test_nothing_tells_where_it_was_written(folder):
     program = (folder / "sampler.stablehlo").read_bytes()
-    assert b"model.py" in program
+    assert b"network.py" in program
     for place in (stablehlo.__file__, jax.__file__):
         assert os.path.dirname(place).encode() not in program
     assert jax.config.jax_hlo_source_file_canonicalization_regex is None
@@ -181,19 +179,15 @@ def test_a_program_that_this_jax_cannot_read(folder, tmp_path, damage):
         example_of(tmp_path).load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [((0,), "num_hypotheses must be at least 1, not 0"), ((5, "euler"), "solver must be")],
-)
-def test_bad_arguments(arguments, problem):
-    with pytest.raises(ConfigError, match=problem):
-        stablehlo.build(small_model(), *arguments)
+def test_no_hypotheses():
+    with pytest.raises(ConfigError, match="num_hypotheses must be at least 1, not 0"):
+        stablehlo.build(small_model(), 0, small_model().solver)
 
 
 def test_without_flatbuffers(monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(extras.MissingExtraError, match=r"diffpose_jax\[stablehlo\]"):
-        stablehlo.build(small_model(), 1)
+        stablehlo.build(small_model(), 1, small_model().solver)
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -221,7 +215,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def export_with(tmp_path, monkeypatch):
     """`experiments.export` with these flags."""
     program = programs.load("export")
-    checkpoints.export(small_model(), tmp_path / "model")
+    inference.export(small_model(), tmp_path / "model")
     names = {"checkpoint": tmp_path / "model", "output": tmp_path / "export", "weights": None}
 
     def run(**flags):
@@ -237,16 +231,19 @@ def export_with(tmp_path, monkeypatch):
 def test_the_program_writes_it_beside_the_checkpoint(export_with, tmp_path, configured):
     if configured:
         library = small_model()
-        library.config.evaluation.update(num_hypotheses=4, solver=configured)
+        evaluation = dataclasses.replace(
+            library.config.evaluation, num_hypotheses=4, solver=configured
+        )
+        config = dataclasses.replace(library.config, evaluation=evaluation)
         shutil.rmtree(tmp_path / "model")
-        checkpoints.export(library, tmp_path / "model")
+        inference.export(dataclasses.replace(library, config=config), tmp_path / "model")
         export_with(stablehlo=True)
     else:
         export_with(stablehlo=True, num_hypotheses=3)
     description = json.loads((tmp_path / "export" / "stablehlo" / "sampler.json").read_text())
     expected = (4, "ddim:2") if configured else (3, "ddpm")
     assert (description["num_hypotheses"], description["solver"]) == expected
-    assert checkpoints.load(tmp_path / "export").network.num_candidates == 6
+    assert inference.load(tmp_path / "export").network.sampler.num_candidates == 6
     with pytest.raises(CheckpointError, match="export is there already"):
         export_with(stablehlo=True)
 

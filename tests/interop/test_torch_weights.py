@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from paths import GOLDEN
 from seeded_weights import seeded_tensor
+from small import network as full_network
 from small import small_network
 
 from configs import h36m
-from diffpose_jax import config as config_lib
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.method import diffusion
-from diffpose_jax.method import network as model
 
 SPEC = json.loads((GOLDEN / "diffpose_state_dict.json").read_text())
 
@@ -38,7 +37,7 @@ def assert_same_params(params, expected):
 
 
 def test_names_and_shapes_are_the_published_programs():
-    network = config_lib.call(model.build, h36m.get_config().model, "config.model")
+    network = full_network(h36m.get_config())
     tensors = torch_weights.to_torch(
         jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes_of(network))
     )
@@ -102,11 +101,11 @@ def test_constants_of_a_checkpoint_are_dropped():
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("denoise_fn.pose.weight", None, "missing tensor denoise_fn.pose.weight"),
+        ("denoise_fn.pose.weight", None, "denoise_fn.pose.weight is missing"),
         ("condition_emb.transformer.layers.1.norm2.bias", None, "layers.1.norm2.bias"),
-        ("denoise_fn.pose.wieght", np.zeros(3), "unknown tensor denoise_fn.pose.wieght"),
+        ("denoise_fn.pose.wieght", np.zeros(3), "denoise_fn.pose.wieght is unknown"),
         ("condition_emb.transformer.layers.2.norm1.bias", np.zeros(16), "layers.2.norm1.bias"),
-        ("module.betas", np.zeros(25), "unknown tensor module.betas"),
+        ("module.betas", np.zeros(25), "module.betas is unknown"),
         ("denoise_fn.upscale.weight", np.zeros((32, 68)), r"upscale.weight is \(32, 68\), not"
          r" \(32, 69\)"),
         ("denoise_fn.upscale.bias", np.zeros((32, 1)), r"upscale.bias is \(32, 1\), not \(32,\)"),
@@ -120,7 +119,7 @@ def test_a_bad_tensor_is_named(name, value, problem):
         tensors[name] = value
     with pytest.raises(ValueError, match=f"{problem}.*configuration") as error:
         torch_weights.from_torch(tensors, shapes_of(network))
-    assert str(error.value).count("tensor ") == 1
+    assert ";" not in str(error.value)
 
 
 # --- the noise schedule ------------------------------------------------------------------
