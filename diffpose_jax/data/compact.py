@@ -21,11 +21,12 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
 
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
-DEFAULT_LOSS = 5e-4
-_SHAPE = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
+MAX_DROPPED_MASS = 5e-4
+SHAPE = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
 _NUM_CELLS = NUM_HEATMAPS * HEATMAP_SIZE * HEATMAP_SIZE
 _MASK_BYTES = (_NUM_CELLS // 512, _NUM_CELLS // 64, _NUM_CELLS // 8)
 _HEIGHT = np.dtype("<f2")
@@ -33,54 +34,47 @@ _VANISHING = 2.0**-25  # float16 rounds to 0 what is not above it
 _COMPACT, _DENSE = b"cmp1", b"f16d"
 
 
-def encode(heatmaps: np.ndarray, loss: float | None = DEFAULT_LOSS) -> list[bytes]:
-    """Turns heatmaps into bytes.
+def encode(
+    heatmaps: Float[np.ndarray, "N 16 64 64"], max_dropped_mass: float | None = MAX_DROPPED_MASS
+) -> list[bytes]:
+    """Turns heatmaps into a record each.
 
     Rounding to float16 moves the distribution that candidates are drawn from by up to 2.5e-4 in
     total variation (more where all of a map's heights are below 6e-5, the least normal float16),
-    the dropped cells by up to `loss` more.
+    the dropped cells by up to `max_dropped_mass` more.
 
     Args:
-      heatmaps: (n, 16, 64, 64), real.
-      loss: share of a map's positive mass that may be dropped; None keeps every cell, the
-        negative ones too (the dense form).
-
-    Returns:
-      n records.
+      heatmaps: MPII joint order.
+      max_dropped_mass: share of a map's positive mass that may be dropped, below 1; None keeps
+        every cell, the negative ones too (the dense form).
 
     Raises:
-      ValueError: for another shape, a loss outside of [0, 1), or a height that is not finite or
-        beyond float16; the message names the image and the joint.
+      ValueError: for a height that is not finite or beyond float16; the message names the image
+        and the joint.
     """
-    heatmaps = np.asarray(heatmaps)
-    if heatmaps.ndim != 4 or heatmaps.shape[1:] != _SHAPE:
-        raise ValueError(f"heatmaps must be (n, 16, 64, 64), not {heatmaps.shape}")
-    if loss is not None and not 0 <= loss < 1:
-        raise ValueError(f"loss is {loss}; it must be at least 0 and less than 1")
     bad = np.argwhere(~(np.abs(heatmaps) <= np.finfo(_HEIGHT).max).all((2, 3)))
     if len(bad):
         image, joint = bad[0]
         raise ValueError(
             f"heatmaps must be finite and within +-65504 (float16): image {image}, joint {joint}"
         )
-    return [_encode(maps, loss) for maps in heatmaps]
+    return [_encode(maps, max_dropped_mass) for maps in heatmaps]
 
 
-def decode(records: Sequence[bytes], out: np.ndarray | None = None) -> np.ndarray:
-    """Turns the records of `encode` into heatmaps.
+def decode(
+    records: Sequence[bytes], out: Float32[np.ndarray, "N 16 64 64"] | None = None
+) -> Float32[np.ndarray, "N 16 64 64"]:
+    """Turns the records of `encode`, of both forms, into heatmaps: 0 in dropped cells.
 
     Args:
-      records: n records, compact and dense ones in any mixture.
-      out: (n, 16, 64, 64) float32, contiguous, where to; by default a new array.
-
-    Returns:
-      (n, 16, 64, 64) float32, 0 in the cells that were dropped.
+      records: one for each of the heatmaps.
+      out: where to, contiguous; by default a new array.
 
     Raises:
       ValueError: if a record is damaged.
     """
     if out is None:
-        out = np.empty((len(records), *_SHAPE), np.float32)
+        out = np.empty((len(records), *SHAPE), np.float32)
     for record, heights in zip(records, out.reshape(len(records), _NUM_CELLS), strict=True):
         checked = memoryview(record)[4:]
         if len(checked) < 4 or zlib.crc32(checked).to_bytes(4, "little") != record[:4]:
@@ -95,11 +89,11 @@ def decode(records: Sequence[bytes], out: np.ndarray | None = None) -> np.ndarra
     return out
 
 
-def _encode(maps: np.ndarray, loss: float | None) -> bytes:
-    if loss is None:
-        form, masks, kept = _DENSE, [], np.ones(_SHAPE, np.bool_)
+def _encode(maps: Float[np.ndarray, "16 64 64"], max_dropped_mass: float | None) -> bytes:
+    if max_dropped_mass is None:
+        form, masks, kept = _DENSE, [], np.ones(SHAPE, np.bool_)
     else:
-        form, kept = _COMPACT, np.stack([_kept(heights, loss) for heights in maps])
+        form, kept = _COMPACT, np.stack([_kept(heights, max_dropped_mass) for heights in maps])
         cells = np.packbits(kept)
         groups = np.packbits(cells != 0)
         masks = [np.packbits(groups != 0), groups[groups != 0], cells[cells != 0]]
@@ -107,17 +101,20 @@ def _encode(maps: np.ndarray, loss: float | None) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little") + content
 
 
-def _kept(heights: np.ndarray, loss: float) -> np.ndarray:
-    """Tells which cells of a map are kept: mask like `heights`."""
+def _kept(
+    heights: Float[np.ndarray, "64 64"], max_dropped_mass: float
+) -> Bool[np.ndarray, "64 64"]:
+    """Which cells of a map are kept."""
     positive = heights[heights > _VANISHING]
     if not positive.size:
         return heights != 0
     positive.sort()
     mass = np.cumsum(positive, dtype=np.float64)
-    return heights >= positive[np.searchsorted(mass, loss * mass[-1], side="right")]
+    first = np.searchsorted(mass, max_dropped_mass * mass[-1], side="right")
+    return heights >= positive[first]
 
 
-def _decode_compact(content: np.ndarray, heights: np.ndarray) -> None:
+def _decode_compact(content: UInt8[np.ndarray, " F"], heights: Float32[np.ndarray, " N"]) -> None:
     occupied = np.ones(_MASK_BYTES[0], np.bool_)
     start = 0
     for num_bytes in _MASK_BYTES:

@@ -1,4 +1,4 @@
-"""Reads the pictures of `lsp_extended` (Johnson and Everingham, CVPR 2011), a user's own copy.
+"""The pictures of `lsp_extended` (Johnson and Everingham, CVPR 2011), from a user's own copy.
 
 Sports photographs for a look at the model in the wild: there is no 3D truth. The folder holds
 `images/im00001.jpg` and on, and `joints.mat` (MATLAB version 5) with `joints` (14, 3, N): x and y
@@ -7,14 +7,17 @@ in pixels and whether the joint is visible. Coordinates of joints that are not v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import scipy.io
+import tensorflow_datasets as tfds
+from jaxtyping import Float64
 
-from diffpose_jax.data import cameras, matlab5
-from diffpose_jax.io import pictures
+from diffpose_jax.data.photographs import Photographs, PhotographsBuilder
+from diffpose_jax.detectors import crops
+from diffpose_jax.io.files import FileError
 
 JOINTS: tuple[str, ...] = (
     "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist",
@@ -24,72 +27,69 @@ JOINTS: tuple[str, ...] = (
 """The joints of `joints.mat`, in its order."""
 
 _NAMED = 10
-_FARTHEST_PX = 1e6
 
 
-class Picture(NamedTuple):
-    """A photograph of one person.
+class Lsp(PhotographsBuilder):
+    """LSP extended: sports photographs of one person each, without 3D truth.
 
-    Attributes:
-        name: The file's, without folder and ending, such as "im00001".
-        image: (H, W, 3) uint8, RGB.
-        crop: One square (a batch of 1) around the visible joints, see `cameras.square_crop`.
+    `source` is the folder of lsp_extended. Pictures with fewer than two visible joints are left
+    out: nothing tells where to cut them.
     """
 
-    name: str
-    image: np.ndarray
-    crop: cameras.Crop
+    def columns(self) -> dict[str, tfds.features.FeatureConnector]:
+        """The features beside heatmaps."""
+        tensor = functools.partial(tfds.features.Tensor, encoding="bytes")
+        return {
+            "name": tfds.features.Text(doc="of the picture, such as im00001"),
+            "corner_px": tensor(shape=(2,), dtype=np.float32, doc="left upper corner of the crop"),
+            "side_px": tfds.features.Scalar(np.float32, doc="side of the crop"),
+            "visible": tensor(shape=(len(JOINTS),), dtype=np.bool_, doc="which of lsp.JOINTS"),
+        }
+
+    def photographs(self) -> list[Photographs]:
+        """All pictures.
+
+        Raises:
+          FileNotFoundError: if the annotations or a picture are missing.
+          FileError: if `joints.mat` is damaged or holds something else.
+        """
+        folder = self.source / "images"
+        joints = _read_joints(self.source / "joints.mat")
+        paths = [folder / f"im{number:05d}.jpg" for number in range(1, len(joints) + 1)]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of the {len(joints)} images in joints.mat: "
+                f"{', '.join(missing[:_NAMED])}" + (" and more" if len(missing) > _NAMED else "")
+            )
+        visible = joints[..., 2] > 0
+        kept = np.flatnonzero(visible.sum(1) >= 2)
+        each = [crops.square_crop(joints[row, visible[row], :2][None]) for row in kept]
+        squares = crops.Crop(*map(np.concatenate, zip(*each, strict=True)))
+        kept_paths = [paths[row] for row in kept]
+        names = np.array([path.stem for path in kept_paths])
+        columns = {"name": names, "visible": visible[kept], **squares._asdict()}
+        return [Photographs("lsp", kept_paths, squares, columns)]
 
 
-def read(folder: str | Path) -> Iterator[Picture]:
-    """Reads the pictures in the order of their numbers.
-
-    A picture with fewer than two visible joints is left out: nothing tells where to cut it.
-
-    Args:
-        folder: Holds `joints.mat` and `images`.
-
-    Returns:
-        The pictures; each image is read when its turn comes.
-
-    Raises:
-        FileNotFoundError: If the annotations or an image are missing; before the first picture.
-        ValueError: If a file is not what it should be; the message names it and says why.
-    """
-    folder = Path(folder)
-    joints = _read_joints(folder / "joints.mat")
-    paths = [folder / "images" / f"im{number:05d}.jpg" for number in range(1, len(joints) + 1)]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder / 'images'} lacks {len(missing)} of the {len(joints)} images in "
-            f"{folder / 'joints.mat'}: {', '.join(missing[:_NAMED])}"
-            + (" and more." if len(missing) > _NAMED else ".")
-        )
-    return _pictures(paths, joints)
-
-
-def _pictures(paths: list[Path], joints: np.ndarray) -> Iterator[Picture]:
-    for path, (*xy, visible) in zip(paths, joints.swapaxes(1, 2), strict=True):
-        seen_px = np.stack(xy, axis=-1)[visible > 0]
-        if len(seen_px) < 2:
-            continue
-        yield Picture(path.stem, pictures.read(path), cameras.square_crop(seen_px[None]))
-
-
-def _read_joints(path: Path) -> np.ndarray:
-    """Reads `joints.mat`: (N, 14, 3) float64."""
+def _read_joints(path: Path) -> Float64[np.ndarray, "N 14 3"]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: give the folder of lsp_extended, which holds it and images."
         )
-    joints = np.asarray(matlab5.read(path, "joints"), np.float64)
+    try:
+        content = scipy.io.loadmat(path)
+    except Exception as error:  # SciPy has an error of another kind for each damage
+        raise FileError(f"{path} cannot be read as a MATLAB file up to -v7: {error}") from error
+    joints = content.get("joints")
+    if joints is None or joints.dtype.kind not in "fiu":
+        names = ", ".join(name for name in content if not name.startswith("__"))
+        raise FileError(f"{path} has no array of numbers joints; it has {names}")
     if joints.ndim != 3 or joints.shape[:2] != (len(JOINTS), 3):
-        raise ValueError(
+        raise FileError(
             f"{path}: joints is {joints.shape}; it must be (14, 3, N). The first LSP data set, "
             "(3, 14, 2000), is not read."
         )
-    seen = joints.transpose(0, 2, 1)[joints[:, 2] > 0]
-    if not (np.abs(seen) < _FARTHEST_PX).all():  # nan is refused, too
-        raise ValueError(f"{path}: a visible joint is not finite or far outside of any picture.")
-    return joints.transpose(2, 0, 1)
+    joints = joints.astype(np.float64).transpose(2, 0, 1)
+    if not np.isfinite(joints[joints[..., 2] > 0]).all():
+        raise FileError(f"{path}: a visible joint is not finite")
+    return joints

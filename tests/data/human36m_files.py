@@ -151,7 +151,7 @@ def write_released(path, compression=5, **tables):
             )
 
 
-def flow_content(table, frames, seed=0):
+def wehrbein_content(table, frames, seed=0):
     """A pickle's content; `frames` in each recording of two actions, none in the others."""
     rng = np.random.default_rng(seed)
     content = {}
@@ -177,11 +177,11 @@ def flow_content(table, frames, seed=0):
     return content
 
 
-def write_flow(folder, frames=3):
+def write_wehrbein(folder, frames=3):
     folder.mkdir(parents=True, exist_ok=True)
     contents = {}
     for table in ("train", "test"):
-        contents[table] = flow_content(table, frames)
+        contents[table] = wehrbein_content(table, frames)
         with (folder / f"{table}set_h36m.pickle").open("wb") as file:
             pickle.dump(contents[table], file, protocol=pickle.HIGHEST_PROTOCOL)
     return contents

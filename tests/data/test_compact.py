@@ -63,7 +63,7 @@ def test_the_distribution_of_candidates(maps):
         assert np.abs(p / p.sum() - q / q.sum()).sum() / 2 < 1e-3
         # Not a cell more than it takes: without the lowest one left, too much would be missing.
         lowest = before[after > 0].min()
-        assert p[before <= lowest].sum() > compact.DEFAULT_LOSS * p.sum()
+        assert p[before <= lowest].sum() > compact.MAX_DROPPED_MASS * p.sum()
 
 
 def test_heights_are_exact_to_float16(maps):
@@ -90,7 +90,7 @@ def test_maps_without_a_positive_cell_stay_as_they_are(name):
     )
 
 
-def test_without_loss(maps):
+def test_without_dropped_cells(maps):
     assert len(compact.encode(maps[None], None)[0]) == DENSE_BYTES + 8
     dense = compact.decode(compact.encode(maps[None], None))[0]
     np.testing.assert_array_equal(dense, maps.astype(np.float16))
@@ -134,9 +134,9 @@ def test_many_records_in_any_order_and_form():
     assert compact.decode([]).shape == (0, 16, 64, 64)
 
 
-@pytest.mark.parametrize("loss", [5e-4, None])
-def test_damaged_records(loss):
-    (record,) = compact.encode(image(one_blob, seed=1)[None], loss)
+@pytest.mark.parametrize("max_dropped_mass", [5e-4, None])
+def test_damaged_records(max_dropped_mass):
+    (record,) = compact.encode(image(one_blob, seed=1)[None], max_dropped_mass)
     rng = np.random.default_rng(2)
     damaged = [b"", bytes(4), bytes(100), record[:-1], record[:-2], record + b"\0\0"]
     for place in [*range(150), *rng.integers(len(record), size=100)]:
@@ -154,23 +154,9 @@ def test_unknown_form():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 66000.0])
-@pytest.mark.parametrize("loss", [5e-4, None])
-def test_heights_that_float16_cannot_hold(value, loss):
+@pytest.mark.parametrize("max_dropped_mass", [5e-4, None])
+def test_heights_that_float16_cannot_hold(value, max_dropped_mass):
     maps = np.stack([image(one_blob, seed) for seed in range(2)])
     maps[1, 5, 30, 2] = value
     with pytest.raises(ValueError, match=r"image 1, joint 5"):
-        compact.encode(maps, loss)
-
-
-@pytest.mark.parametrize(
-    ("shape", "loss", "message"),
-    [
-        ((16, 64, 64), 0.1, r"\(n, 16, 64, 64\), not \(16, 64, 64\)"),
-        ((1, 17, 64, 64), 0.1, r"not \(1, 17, 64, 64\)"),
-        ((1, 16, 64, 64), 1.0, r"loss is 1\.0"),
-        ((1, 16, 64, 64), -0.1, r"loss is -0\.1"),
-    ],
-)
-def test_bad_arguments(shape, loss, message):
-    with pytest.raises(ValueError, match=message):
-        compact.encode(np.ones(shape, np.float32), loss)
+        compact.encode(maps, max_dropped_mass)

@@ -5,7 +5,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from diffpose_jax.data import lsp
+from diffpose_jax.data import lsp, prepared
+from diffpose_jax.data.lsp import Lsp
 
 
 def write_copy(folder, joints):
@@ -30,16 +31,43 @@ def pose(visible):
 SEEN = {"right_ankle": (10, 28), "neck": (14, 8), "left_wrist": (25, 13)}
 
 
-def test_picture_by_hand(tmp_path):
-    folder = write_copy(tmp_path / "copy", [pose(SEEN), pose(SEEN)])
-    first, second = lsp.read(folder)
-    assert (first.name, second.name) == ("im00001", "im00002")
-    assert first.image.shape == (30, 40, 3)
-    assert first.image.dtype == np.uint8
-    assert abs(int(second.image[15, 20, 0]) - 20) <= 2
+class GreyDetector:
+    """Heatmaps as high as the crop's middle is bright, in all cells."""
+
+    fingerprint = "grey-1"
+    input_px = 8
+
+    def heatmaps(self, crops):
+        heights = crops[:, 4, 4, 0].astype(np.float32)
+        return np.broadcast_to(heights[:, None, None, None], (len(crops), 16, 64, 64))
+
+
+def prepare(source, data_dir, **fields):
+    return prepared.prepare(Lsp, fields, source, data_dir, GreyDetector())
+
+
+def photographs(source):
+    (found,) = Lsp(Lsp.CONFIG(), source, GreyDetector()).photographs()
+    return found
+
+
+def test_prepared(tmp_path, monkeypatch):
+    """As `experiments.prepare` writes and `experiments.predict` reads it, in several parts."""
+    monkeypatch.setattr("diffpose_jax.data.photographs._PART", 2)
+    # The last but one has too few visible joints to tell where to cut.
+    joints = [pose(SEEN), pose(SEEN), pose({"neck": (3, 4)}), pose(SEEN | {"neck": (14, 4)})]
+    folder = write_copy(tmp_path / "copy", joints)
+    Image.new("L", (40, 30), 77).save(folder / "images" / "im00002.jpg")  # grey
+    prepare(folder, tmp_path, max_dropped_mass=None)
+    columns, heatmaps = prepared.read(prepared.find(tmp_path, "lsp", {}), "test")
+    assert columns["name"].tolist() == ["im00001", "im00002", "im00004"]
+    assert set(columns) == {"name", "corner_px", "side_px", "visible"}
     # x 10 to 25, y 8 to 28: side 1.2 x 20 = 24 about (17.5, 18): from (5.5, 6), rounded to even.
-    np.testing.assert_array_equal(first.crop.side_px, [24])
-    np.testing.assert_array_equal(first.crop.corner_px, [[6, 6]])
+    np.testing.assert_array_equal(columns["side_px"], [24, 24, 29])
+    np.testing.assert_array_equal(columns["corner_px"][0], [6, 6])
+    seen = [lsp.JOINTS[joint] for joint in np.flatnonzero(columns["visible"][0])]
+    assert seen == ["right_ankle", "left_wrist", "neck"]
+    np.testing.assert_allclose(heatmaps(np.arange(3))[:, 0, 0, 0], [10, 77, 40], atol=2)
 
 
 def test_joint_order():
@@ -51,62 +79,53 @@ def test_joint_order():
     assert len(set(lsp.JOINTS)) == 14
 
 
-def test_grey_images_become_rgb(tmp_path):
-    folder = write_copy(tmp_path / "copy", [pose(SEEN)])
-    Image.new("L", (40, 30), 77).save(folder / "images" / "im00001.jpg")
-    (picture,) = lsp.read(folder)
-    assert picture.image.shape == (30, 40, 3)
-
-
-def test_pictures_without_two_visible_joints_are_left_out(tmp_path):
-    joints = [pose({}), pose(SEEN), pose({"neck": (3, 4)})]
-    folder = write_copy(tmp_path / "copy", joints)
-    assert [picture.name for picture in lsp.read(folder)] == ["im00002"]
-
-
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"joints\.mat is missing"):
-        lsp.read(tmp_path)
+        photographs(tmp_path)
     folder = write_copy(tmp_path / "copy", [pose(SEEN)] * 14)
     for number in (2, *range(4, 15)):
         (folder / "images" / f"im{number:05d}.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 12 of the 14") as caught:
-        lsp.read(folder)  # says so before the first picture is asked for
+        photographs(folder)
     assert "im00002.jpg, im00004.jpg" in str(caught.value)
     assert "im00014" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    "content",
     [
-        (b"", "its header is another"),
-        (b"no mat file at all, but long enough to have a header" * 10, "its header is another"),
-        (b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\0" * 400, "7.3; save it with -v7"),
+        b"",
+        b"no mat file at all, but long enough to have a header" * 10,
+        b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\0" * 400,
     ],
     ids=["empty", "text", "version_7_3"],
 )
-def test_not_a_version_5_file(tmp_path, content, reason):
+def test_not_a_version_5_file(tmp_path, content):
     folder = write_copy(tmp_path / "copy", [pose(SEEN)])
     (folder / "joints.mat").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"joints\.mat is not a MATLAB version 5.*({reason})"):
-        lsp.read(folder)
+    with pytest.raises(ValueError, match=r"joints\.mat cannot be read as a MATLAB file up to -v7"):
+        photographs(folder)
 
 
-def test_wrong_content(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"points": np.zeros(3)}, r"joints\.mat has no array of numbers joints; it has points"),
+        ({"joints": "os.mkdir"}, r"joints\.mat has no array of numbers joints"),
+        ({"joints": np.zeros((3, 14, 5))}, r"\(3, 14, 5\); it must be \(14, 3, N\)"),
+        ({"joints": np.full((14, 3, 5), np.inf)}, "a visible joint is not finite"),
+    ],
+)
+def test_wrong_content(tmp_path, content, message):
     folder = write_copy(tmp_path / "copy", [pose(SEEN)])
-    scipy.io.savemat(folder / "joints.mat", {"points": np.zeros(3)})
-    with pytest.raises(ValueError, match=r"joints\.mat has no array joints; it has points"):
-        lsp.read(folder)
-    scipy.io.savemat(folder / "joints.mat", {"joints": np.zeros((3, 14, 5))})
-    with pytest.raises(ValueError, match=r"\(3, 14, 5\); it must be \(14, 3, N\)"):
-        lsp.read(folder)
+    scipy.io.savemat(folder / "joints.mat", content)
+    with pytest.raises(ValueError, match=message):
+        photographs(folder)
 
 
-def test_unreadable_image(tmp_path):
+def test_a_picture_that_is_cut_off(tmp_path):
     folder = write_copy(tmp_path / "copy", [pose(SEEN), pose(SEEN)])
     path = folder / "images" / "im00002.jpg"
-    path.write_bytes(path.read_bytes()[:300])
-    pictures = lsp.read(folder)
-    assert next(pictures).name == "im00001"
+    path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"im00002\.jpg cannot be read"):
-        next(pictures)
+        prepare(folder, tmp_path)

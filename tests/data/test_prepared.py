@@ -1,6 +1,5 @@
 """Data sets of detections: prepared part by part, stopped and resumed, and read back."""
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -15,9 +14,10 @@ import pytest
 import tensorflow_datasets as tfds
 from paths import TESTS
 
-from diffpose_jax.data import compact
-from diffpose_jax.data import prepared as detections
-from diffpose_jax.data.prepared import Part
+from diffpose_jax.config import ConfigError
+from diffpose_jax.data import compact, prepared
+from diffpose_jax.data.prepared import Part, builder
+from diffpose_jax.data.prepared.reader import VERSION
 
 PARTS = (
     ("S1/Walk 1.cam", "train", 7),
@@ -30,6 +30,8 @@ CHUNK = 3
 
 class BlobDetector:
     """Answers a crop with blobs at the place that its first pixel names."""
+
+    input_px = 4
 
     def __init__(self, fingerprint="blobs-1"):
         self.fingerprint = fingerprint
@@ -55,25 +57,23 @@ def example_columns(name, rows):
         "pose_mm": pose_mm[rows],
         "clip": np.array([f"{name} {'long' * (row % 3)}" for row in rows]),
         "frame": rows,
-        "hard": rows % 2 == 0,
+        "ambiguous": rows % 2 == 0,
         "corner": rng.normal(0, 1, (100, 2))[rows],
     }
 
 
-class Fake(detections.DetectionsBuilder):
+class Fake(prepared.DetectionsBuilder):
     """Invented recordings.
 
     For tests.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    parts_read: list
-
     def columns(self):
         return {
+            "pose_mm": prepared.POSE,
             "clip": tfds.features.Text(),
             "frame": tfds.features.Scalar(np.int32),
-            "hard": tfds.features.Scalar(np.bool_),
+            "ambiguous": tfds.features.Scalar(np.bool_),
             "corner": tfds.features.Tensor(shape=(2,), dtype=np.float32, encoding="bytes"),
         }
 
@@ -94,13 +94,12 @@ class Fake(detections.DetectionsBuilder):
 
 
 def make(folder, altered=None, detector=None, **fields):
-    detector = detector or BlobDetector()
-    config = detections.DetectionsConfig(name="", detector=detector.fingerprint, **fields)
-    builder = Fake(config=detections.named(config, "fake"), detector=detector, data_dir=folder)
-    builder.parts_read = []
+    config = prepared.DetectionsConfig(**fields)
+    made = Fake(config, "", detector or BlobDetector(), folder)
+    made.parts_read = []
     if altered:
-        builder.altered = altered
-    return builder
+        made.altered = altered
+    return made
 
 
 def expected(split):
@@ -110,34 +109,32 @@ def expected(split):
     return columns, heatmaps
 
 
-def contents(builder):
-    return {path.name: path.read_bytes() for path in Path(builder.data_dir).iterdir()}
+def contents(made):
+    return {path.name: path.read_bytes() for path in Path(made.data_dir).iterdir()}
+
+
+def beside(made):
+    """What lies beside a data set in its folder, but the lock."""
+    paths = Path(made.data_dir).parent.iterdir()
+    return [path.name for path in paths if path.name != ".lock"]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    builder = make(tmp_path_factory.mktemp("unbroken"))
-    builder.prepare()
-    return builder
+def unbroken(tmp_path_factory):
+    made = make(tmp_path_factory.mktemp("unbroken"))
+    made.prepare()
+    return made
 
 
-@pytest.fixture
-def damageable(tmp_path):
-    builder = make(tmp_path)
-    builder.prepare()
-    return builder
-
-
-@pytest.mark.parametrize("by_folder", [False, True])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_what_was_written_is_read_in_any_order(prepared, split, by_folder):
-    columns, heatmaps = detections.read(prepared.data_dir if by_folder else prepared, split)
+def test_what_was_written_is_read_in_any_order(unbroken, split):
+    columns, heatmaps = prepared.read(unbroken.data_dir, split)
     truth, truth_heatmaps = expected(split)
     assert set(columns) == set(truth)
     for key, values in truth.items():
         np.testing.assert_array_equal(columns[key], values.astype(columns[key].dtype))
     kinds = {key: column.dtype for key, column in columns.items() if key != "clip"}
-    assert kinds == {"pose_mm": "f4", "frame": "i4", "hard": "?", "corner": "f4"}
+    assert kinds == {"pose_mm": "f4", "frame": "i4", "ambiguous": "?", "corner": "f4"}
     assert columns["clip"].dtype.kind == "U"
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(truth_heatmaps)), 20))
     read = heatmaps(order)
@@ -146,72 +143,64 @@ def test_what_was_written_is_read_in_any_order(prepared, split, by_folder):
     assert heatmaps(order[:0]).shape == (0, 16, 64, 64)
 
 
-def test_as_data_source(prepared):
+def test_as_data_source(unbroken):
     truth, truth_heatmaps = expected("train")
-    for builder in (prepared, tfds.builder_from_directory(prepared.data_dir)):
-        assert builder.info.description == "Invented recordings."
-        source = builder.as_data_source("train")
+    for made in (unbroken, tfds.builder_from_directory(unbroken.data_dir)):
+        assert made.info.description == "Invented recordings."
+        source = made.as_data_source("train")
         assert len(source) == 16
-        for row in (0, 9, 15):
+        for row in (0, 15):
             example = source[row]
             np.testing.assert_array_equal(example["heatmaps"], truth_heatmaps[row])
             np.testing.assert_array_equal(example["pose_mm"], truth["pose_mm"][row].astype("f4"))
             assert example["clip"].decode() == truth["clip"][row]
-            assert example["hard"] == truth["hard"][row]
-
-
-def test_a_prepared_data_set_is_not_prepared_again_and_read_without_a_detector(prepared):
-    again = Fake(config=prepared.builder_config, data_dir=prepared.data_dir_root)
-    again.prepare()
-    assert len(detections.read(again, "test")[0]["frame"]) == 4
+            assert example["ambiguous"] == truth["ambiguous"][row]
 
 
 def test_dense_heatmaps(tmp_path):
-    builder = make(tmp_path, loss=None)
-    builder.prepare()
+    made = make(tmp_path, max_dropped_mass=None)
+    made.prepare()
     crops = example_columns("S9", np.arange(4))["crops"]
     np.testing.assert_array_equal(
-        detections.read(builder, "test")[1](np.arange(4)),
+        prepared.read(made.data_dir, "test")[1](np.arange(4)),
         BlobDetector().heatmaps(crops).astype(np.float16),
     )
 
 
-def test_parts_may_hold_heatmaps(tmp_path, prepared):
+def test_parts_may_hold_heatmaps(tmp_path, unbroken):
     def detected(name, columns):
-        heatmaps = BlobDetector().heatmaps(columns.pop("crops"))
-        return columns | {"heatmaps": heatmaps}
+        return columns | {"heatmaps": BlobDetector().heatmaps(columns.pop("crops"))}
 
-    config = detections.named(detections.DetectionsConfig(""), "fake")
-    builder = Fake(config=config, data_dir=tmp_path)
-    builder.parts_read, builder.altered = [], detected
-    builder.prepare()
-    for name, content in contents(builder).items():
+    made = Fake(prepared.DetectionsConfig(), data_dir=tmp_path)
+    made.parts_read, made.altered = [], detected
+    made.prepare()
+    for name, content in contents(made).items():
         if name not in ("dataset_info.json", "configuration.json"):
-            assert content == contents(prepared)[name]
+            assert content == contents(unbroken)[name]
 
 
 def test_several_shards(tmp_path, monkeypatch):
     # The file of each part takes two blocks of 64 KiB, so that the third part begins a shard.
-    monkeypatch.setattr(detections, "_SHARD_BYTES", 3 << 16)
-    builder = make(tmp_path)
-    builder.prepare()
-    assert builder.info.splits["train"].shard_lengths == [10, 6]
+    monkeypatch.setattr(builder, "_SHARD_BYTES", 3 << 16)
+    made = make(tmp_path)
+    made.prepare()
+    assert made.info.splits["train"].shard_lengths == [10, 6]
     order = np.arange(16)[::-1]
     np.testing.assert_array_equal(
-        detections.read(builder, "train")[1](order), expected("train")[1][order]
+        prepared.read(made.data_dir, "train")[1](order), expected("train")[1][order]
     )
 
 
 # What a data set is known by.
 
 
-def test_the_fingerprint_is_of_the_content(prepared, tmp_path):
-    known = detections.fingerprint(prepared.data_dir)
-    copied = shutil.copytree(prepared.data_dir, tmp_path / "elsewhere" / "fake" / "x" / "1.0.0")
-    assert detections.fingerprint(copied) == known
+def test_the_fingerprint_is_of_the_content(unbroken, tmp_path):
+    known = prepared.fingerprint(unbroken.data_dir)
+    copied = shutil.copytree(unbroken.data_dir, tmp_path / "elsewhere" / "fake" / "x" / VERSION)
+    assert prepared.fingerprint(copied) == known
     again = make(tmp_path / "again")
     again.prepare()
-    assert detections.fingerprint(again.data_dir) == known
+    assert prepared.fingerprint(again.data_dir) == known
     for number, column in enumerate(("pose_mm", "crops", "clip")):
 
         def altered(name, columns, column=column):
@@ -222,23 +211,52 @@ def test_the_fingerprint_is_of_the_content(prepared, tmp_path):
 
         other = make(tmp_path / str(number), altered)
         other.prepare()
-        assert detections.fingerprint(other.data_dir) != known, column
+        assert prepared.fingerprint(other.data_dir) != known, column
 
 
-def test_two_prepare_the_same_at_once(tmp_path, prepared):
-    builders = [make(tmp_path), make(tmp_path)]
+def test_the_name_follows_the_content(tmp_path):
+    made = [
+        make(tmp_path),
+        make(tmp_path, max_dropped_mass=None),
+        make(tmp_path, detector=BlobDetector("blobs-2")),
+    ]
+    assert len({one.data_dir for one in made}) == 3
+    assert all("/fake/fake_" in one.data_dir for one in made)
+    assert make(tmp_path).data_dir == made[0].data_dir
+
+
+def test_find(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"make it with experiments.prepare --dataset fake"):
+        prepared.find(tmp_path, "fake", {})
+    loose, dense = make(tmp_path), make(tmp_path, max_dropped_mass=None)
+    for one in (loose, dense):
+        one.prepare()
+    assert prepared.find(tmp_path, "fake", {"max_dropped_mass": None}) == Path(dense.data_dir)
+    wanted = {"max_dropped_mass": 5e-4, "made no difference": (1, 2)}
+    assert prepared.find(tmp_path, "fake", wanted) == Path(loose.data_dir)
+    with pytest.raises(ValueError, match=r"several prepared fake have .*; say more"):
+        prepared.find(tmp_path, "fake", {"input_px": 4})
+    with pytest.raises(FileNotFoundError, match=r"no fake with .*'blobs-2'.* There are:\n"):
+        prepared.find(tmp_path, "fake", {"detector": "blobs-2"})
+    # Those of an earlier version do not count.
+    Path(dense.data_dir).rename(Path(dense.data_dir).with_name("1.0.0"))
+    assert prepared.find(tmp_path, "fake", {"input_px": 4}) == Path(loose.data_dir)
+
+
+def test_two_prepare_the_same_at_once(tmp_path, unbroken):
+    made = [make(tmp_path), make(tmp_path)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda builder: builder.prepare(), builders))
-    assert sorted(len(builder.parts_read) for builder in builders) == [0, len(PARTS)]
-    for builder in builders:
-        assert contents(builder) == contents(prepared)
-        assert len(detections.read(builder, "train")[0]["frame"]) == 16
+        list(pool.map(lambda one: one.prepare(), made))
+    assert sorted(len(one.parts_read) for one in made) == [0, len(PARTS)]
+    for one in made:
+        assert contents(one) == contents(unbroken)
+        assert one.info.splits["train"].num_examples == 16
 
 
 # Stopped preparations.
 
 
-def test_a_part_that_fails(tmp_path, prepared, monkeypatch):
+def test_a_part_that_fails(tmp_path, unbroken, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
     def broken(name, columns):
@@ -246,28 +264,41 @@ def test_a_part_that_fails(tmp_path, prepared, monkeypatch):
             raise OSError("the disk is gone")
         return columns
 
-    builder = make(tmp_path, broken)
+    made = make(tmp_path, broken)
     with pytest.raises(OSError, match="the disk is gone") as error:
-        builder.prepare()
+        made.prepare()
     assert error.value.__notes__ == [
         "in part 'S9'; the finished parts are kept for the next attempt"
     ]
-    assert builder.parts_read == ["S1/Walk 1.cam", "S1/Sit", "S9"]
-    assert not builder.is_prepared()
+    assert made.parts_read == ["S1/Walk 1.cam", "S1/Sit", "S9"]
+    assert not made.is_prepared()
     with pytest.raises(FileNotFoundError, match="prepare it first"):
-        detections.read(builder, "train")
+        prepared.read(made.data_dir, "train")
     again = make(tmp_path)
     again.prepare()
     assert again.parts_read == ["S9", "S5"]
-    assert contents(again) == contents(prepared)
-    assert [path.name for path in Path(again.data_dir).parent.glob("[!.]*")] == ["1.0.0"]
+    assert contents(again) == contents(unbroken)
+    assert beside(again) == [VERSION]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    class Full(builder.ArrayRecordWriter):
+        def write(self, record):
+            raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(builder, "ArrayRecordWriter", Full)
+    made = make(tmp_path)
+    with pytest.raises(OSError, match=r"cannot be prepared: No space left") as error:
+        made.prepare()
+    assert str(made.data_dir) in str(error.value)
+    assert "in part 'S" in error.value.__notes__[0]
 
 
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_prepared as test_detections
+sys.path[:0] = [{tests!r}, {tests!r} + '/data']
+import test_prepared
 
 def killed(name, columns):
     first = "S1%2FWalk%201.cam.array_record"
@@ -277,14 +308,14 @@ def killed(name, columns):
         time.sleep(0.01)
     return columns
 
-builder = test_detections.make({folder!r}, killed if {kill} else None)
-builder.prepare()
-assert "S1/Walk 1.cam" not in builder.parts_read, builder.parts_read
+made = test_prepared.make({folder!r}, killed if {kill} else None)
+made.prepare()
+assert "S1/Walk 1.cam" not in made.parts_read, made.parts_read
 assert "tensorflow" not in sys.modules
 """
 
 
-def test_a_kill(tmp_path, prepared):
+def test_a_kill(tmp_path, unbroken):
     def run(kill):
         program = PROGRAM.format(tests=str(TESTS), folder=str(tmp_path), kill=kill)
         return subprocess.run(
@@ -300,41 +331,9 @@ def test_a_kill(tmp_path, prepared):
     assert second.returncode == 0, second.stderr
     assert second.stdout == ""
     assert "WARNING" not in second.stderr
-    builder = make(tmp_path)
-    assert contents(builder) == contents(prepared)
-    assert [path.name for path in Path(builder.data_dir).parent.glob("[!.]*")] == ["1.0.0"]
-
-
-def test_another_detector_does_not_reuse_parts(tmp_path):
-    def broken(name, columns):
-        if name == "S5":
-            raise OSError("unreadable")
-        return columns
-
-    first = make(tmp_path, broken)
-    with pytest.raises(OSError, match="unreadable"):
-        first.prepare()
-    detector = BlobDetector("blobs-2")
-    other = make(tmp_path, detector=detector)
-    other.prepare()
-    assert other.data_dir != first.data_dir
-    assert sorted(other.parts_read) == sorted(name for name, *_ in PARTS)
-    assert detector.crops_seen == sum(length for *_, length in PARTS)
-    wrong = Fake(config=first.builder_config, detector=detector, data_dir=tmp_path)
-    with pytest.raises(ValueError, match="for the detector 'blobs-1', not for 'blobs-2'"):
-        wrong.prepare()
-
-
-def test_the_name_follows_the_content():
-    @dataclasses.dataclass(eq=False)
-    class Config(detections.DetectionsConfig):
-        stride: int = 1
-
-    configs = [Config(""), Config("", stride=2), Config("", loss=None), Config("", detector="a")]
-    names = [detections.named(config, "h36m").name for config in configs]
-    assert len(set(names)) == 4
-    assert all(name.startswith("h36m_") for name in names)
-    assert detections.named(detections.named(configs[0], "x"), "h36m").name == names[0]
+    made = make(tmp_path)
+    assert contents(made) == contents(unbroken)
+    assert beside(made) == [VERSION]
 
 
 def test_few_chunks_are_in_memory(tmp_path, monkeypatch):
@@ -350,23 +349,22 @@ def test_few_chunks_are_in_memory(tmp_path, monkeypatch):
         return columns
 
     make(tmp_path, watched).prepare()
-    # Of the 8 chunks, one of each of two parts is read while another is with the detector.
-    assert 1 <= most <= 3
+    assert 1 <= most <= 2  # of the 8 chunks, one of each of two parts
 
 
 # Refusals.
 
 
 def test_check_comes_before_the_first_part(tmp_path):
-    builder = make(tmp_path)
+    made = make(tmp_path)
 
     def check():
         raise FileNotFoundError("subject S7 is missing")
 
-    builder.check = check
+    made.check = check
     with pytest.raises(FileNotFoundError, match="S7"):
-        builder.prepare()
-    assert builder.parts_read == []
+        made.prepare()
+    assert made.parts_read == []
 
 
 @pytest.mark.parametrize(
@@ -375,7 +373,7 @@ def test_check_comes_before_the_first_part(tmp_path):
         ({"frame": None}, "its columns are"),
         ({"extra": np.arange(CHUNK)}, "its columns are"),
         ({"pose_mm": np.zeros((CHUNK, 16, 3))}, r"pose_mm has shape \(3, 16, 3\)"),
-        ({"frame": np.arange(CHUNK + 1)}, r"frame has shape \(4,\)"),
+        ({"pose_mm": np.full((CHUNK, 17, 3), np.nan)}, "pose_mm is not finite"),
         ({"heatmaps": np.full((CHUNK, 16, 64, 64), np.nan)}, "image 0, joint 0"),
     ],
 )
@@ -392,56 +390,58 @@ def test_chunks_that_do_not_fit(tmp_path, changes, message):
 
 
 def test_parts_that_do_not_fit(tmp_path):
-    builder = make(tmp_path)
+    made = make(tmp_path)
     part = Part("a", "train", lambda: iter([]))
-    builder.parts = lambda: [part, part]
+    made.parts = lambda: [part, part]
     with pytest.raises(ValueError, match="2 parts have the name 'a'"):
-        builder.prepare()
-    builder.parts = lambda: [part]
+        made.prepare()
+    made.parts = lambda: [part]
     with pytest.raises(ValueError, match="holds no examples"):
-        builder.prepare()
+        made.prepare()
 
 
-def test_crops_need_a_detector(tmp_path):
-    config = detections.named(detections.DetectionsConfig(""), "fake")
-    builder = Fake(config=config, data_dir=tmp_path)
-    builder.parts_read = []
+def test_what_a_data_set_cannot_be_made_with(tmp_path):
+    made = Fake(prepared.DetectionsConfig(), data_dir=tmp_path)
+    made.parts_read = []
     with pytest.raises(ValueError, match="there is no detector"):
-        builder.prepare()
-    unnamed = Fake(config=detections.DetectionsConfig("fake"), data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"'fake' was not made by `detections\.named`"):
-        unnamed.prepare()
+        made.prepare()
+    with pytest.raises(ConfigError, match=r"fake\.max_dropped_mass must be 0 to"):
+        prepared.prepare(Fake, {"max_dropped_mass": 1.0}, "", tmp_path)
 
 
-def test_unknown_split_and_folder(prepared, tmp_path):
+def test_unknown_split_and_folder(unbroken, tmp_path):
     with pytest.raises(ValueError, match="no split 'validation', but train, test"):
-        detections.read(prepared, "validation")
+        prepared.read(unbroken.data_dir, "validation")
     with pytest.raises(FileNotFoundError, match="prepare it first"):
-        detections.read(tmp_path, "train")
+        prepared.read(tmp_path, "train")
+
+
+@pytest.fixture
+def damageable(unbroken, tmp_path):
+    return Path(shutil.copytree(unbroken.data_dir, tmp_path / "fake" / "x" / VERSION))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "without columns", "another's columns"])
 def test_a_damaged_data_set(damageable, damage):
-    folder = Path(damageable.data_dir)
-    (shard,) = folder.glob("*train.array_record*")
+    (shard,) = damageable.glob("*train.array_record*")
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-1000])
     elif damage == "missing":
         shard.unlink()
     elif damage == "without columns":
-        (folder / "columns_train.npz").unlink()
+        (damageable / "columns_train.npz").unlink()
     else:
-        (folder / "columns_test.npz").replace(folder / "columns_train.npz")
+        (damageable / "columns_test.npz").replace(damageable / "columns_train.npz")
     with pytest.raises(ValueError, match=r"delete the folder and prepare it again") as error:
-        detections.read(damageable, "train")
-    assert str(folder) in str(error.value)
+        prepared.read(damageable, "train")
+    assert str(damageable) in str(error.value)
 
 
 def test_a_damaged_record(damageable):
-    (shard,) = Path(damageable.data_dir).glob("*train.array_record*")
+    (shard,) = damageable.glob("*train.array_record*")
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
-    _, heatmaps = detections.read(damageable, "train")
+    _, heatmaps = prepared.read(damageable, "train")
     with pytest.raises(ValueError, match="prepare it again"):
         heatmaps(np.arange(16))

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from diffpose_jax.data import cameras, hdf5
 from diffpose_jax.data.human36m import sequences
-from diffpose_jax.io import extras
+from diffpose_jax.io.files import FileError
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 _FIELDS = {
@@ -35,34 +36,27 @@ _FIELDS = {
 _ROWS = 256
 _PIECE_ROWS = 64 * _ROWS
 _EXTRA = "human36m"
-_FARTHEST_MM = 1e6
-_TEXT = {"action", "cam", "subaction", "subject"}
 
 
-def check(path: Path, division: str) -> None:
+def check(path: Path, split: str) -> None:
     """Finds out whether the file can be read, without reading it whole.
 
     Args:
-        path: The file.
-        division: A key of `sequences.SPLITS`.
+      path: the file.
+      split: a key of `sequences.SPLITS`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not HDF5, lacks a table or a column, or its rows cannot be read.
+      FileNotFoundError: if there is no such file.
+      FileError: if it is not HDF5, lacks a table or a column, or its rows cannot be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; give the released HDF5 file.")
-    h5py = extras.load("h5py", "human36m")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is not an HDF5 file, or only the beginning of one.")
     with hdf5.opened(path, _EXTRA) as file:
-        for name in sorted({_table(division, split) for split in ("train", "test")}):
+        for name in sorted({_table(split, subset) for subset in ("train", "test")}):
             _check_table(hdf5.dataset(file, name), f"{path}: {name}")
 
 
 def _check_table(table: Any, what: str) -> None:
     if table is None or table.dtype.names is None or not len(table):
-        raise hdf5.Hdf5Error(
+        raise FileError(
             f"{what} is missing, empty or not a table; the file must hold /dataset/trainset and "
             "/dataset/testset as the published preprocessing writes them."
         )
@@ -71,85 +65,62 @@ def _check_table(table: Any, what: str) -> None:
         # PyTables writes a single flag as one number or as an array of one.
         if kind is None or (kind.shape != shape and (field, kind.shape) != ("hardsubset", ())):
             found = "is missing" if kind is None else f"has shape {kind.shape}"
-            raise hdf5.Hdf5Error(f"{what}: column {field} {found}; it must have shape {shape}.")
+            raise FileError(f"{what}: column {field} {found}; it must have shape {shape}.")
         if kind.base.kind not in kinds:
-            raise hdf5.Hdf5Error(f"{what}: column {field} has the wrong type, {kind.base}.")
-    try:
-        # Also shows whether the compression is one that h5py knows, and whether the end is there.
-        table.fields(list(_FIELDS))[[0, len(table) - 1] if len(table) > 1 else [0]]
-    except OSError as error:
-        raise hdf5.Hdf5Error(f"{what} cannot be read: {error}") from error
+            raise FileError(f"{what}: column {field} has the wrong type, {kind.base}.")
+    # Also shows whether the compression is one that h5py knows, and whether the end is there.
+    table.fields(list(_FIELDS))[[0, len(table) - 1] if len(table) > 1 else [0]]
 
 
-def pieces(path: Path, division: str, split: str) -> list[range]:
+def pieces(path: Path, split: str, subset: str) -> list[range]:
     """Divides the rows of a checked file's table into pieces to read on their own.
 
     The validation split takes some rows of the table, which stay one piece: which ones cannot be
     told without reading all of them.
-
-    Args:
-        path: The file.
-        division: A key of `sequences.SPLITS`.
-        split: "train" or "test".
     """
     with hdf5.opened(path, _EXTRA) as file:
-        size = len(hdf5.dataset(file, _table(division, split)))
-    step = size if division == "validation" else _PIECE_ROWS
+        size = len(hdf5.dataset(file, _table(split, subset)))
+    step = size if split == "validation" else _PIECE_ROWS
     return [range(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def read(path: Path, division: str, split: str, piece: range) -> Iterator[dict[str, np.ndarray]]:
-    """Reads a piece of a split in the order of its table.
+def read(path: Path, split: str, subset: str, piece: range) -> Iterator[dict[str, np.ndarray]]:
+    """Reads one of `pieces`, 256 rows at a time in the order of its table.
 
     Args:
-        path: The file, see `check`.
-        division: A key of `sequences.SPLITS`.
-        split: "train" or "test".
-        piece: One of `pieces`.
+      path: the file, see `check`.
+      split: a key of `sequences.SPLITS`.
+      subset: "train" or "test".
+      piece: the rows.
 
     Yields:
-        Columns of up to 256 rows: `heatmaps` (n, 16, 64, 64) float16, `pose_mm` (n, 17, 3) float32
-        and `subject`, `action`, `camera`, `subaction`, `frame`, `row`, `hard` (n,).
-
-    Raises:
-        ValueError: If rows cannot be read, or hold what cannot be.
+      `heatmaps` (n, 16, 64, 64) float16, `pose_mm` (n, 17, 3) float32 and `subject`, `action`,
+      `camera`, `subaction`, `frame`, `row`, `ambiguous` (n,).
     """
-    name = _table(division, split)
     with hdf5.opened(path, _EXTRA) as file:
-        fields = hdf5.dataset(file, name).fields(list(_FIELDS))
+        fields = hdf5.dataset(file, _table(split, subset)).fields(list(_FIELDS))
         for start in range(piece.start, piece.stop, _ROWS):
-            rows = fields[start : min(start + _ROWS, piece.stop)]
-            try:
-                chunk = _columns(rows, np.arange(start, start + len(rows), dtype=np.int32))
-            except ValueError as error:
-                raise hdf5.Hdf5Error(
-                    f"{path}: {name}, rows from {start}: {str(error)[:200]}"
-                ) from error
-            used = np.isin(chunk["subject"], sequences.SPLITS[division][split])
+            stop = min(start + _ROWS, piece.stop)
+            chunk = _columns(fields[start:stop], np.arange(start, stop, dtype=np.int32))
+            used = np.isin(chunk["subject"], sequences.SPLITS[split][subset])
             if used.any():
                 yield {name: column[used] for name, column in chunk.items()}
 
 
-def _table(division: str, split: str) -> str:
-    return f"/dataset/{sequences.table(division, split)}set"
+def _table(split: str, subset: str) -> str:
+    return f"/dataset/{sequences.table(split, subset)}set"
 
 
-def _columns(rows: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
-    text = {field: np.char.decode(rows[field], "ascii") for field in _TEXT}
-    # nan is refused, too
-    if not (np.abs(rows["gt_3d"]) < _FARTHEST_MM).all() or not np.isfinite(rows["heatmap"]).all():
-        raise ValueError("a pose or a heatmap is not finite, or far away")
-    if not ((rows["frame_orig"] >= 0) & (rows["frame_orig"] < 2**31)).all():
-        raise ValueError("frame_orig is no number of a frame")
+def _columns(rows: np.ndarray, places: Int32[np.ndarray, " n"]) -> dict[str, np.ndarray]:
     points_mm = rows["gt_3d"].astype(np.float64).swapaxes(1, 2)
     return {
         "heatmaps": rows["heatmap"],
         "pose_mm": cameras.output_pose(points_mm).astype(np.float32),
-        "subject": text["subject"],
-        "action": text["action"],
-        "subaction": text["subaction"].astype(np.int32),
-        "camera": text["cam"],
+        "subject": np.char.decode(rows["subject"], "ascii"),
+        "action": np.char.decode(rows["action"], "ascii"),
+        "subaction": rows["subaction"].astype(np.int32),
+        "camera": np.char.decode(rows["cam"], "ascii"),
         "frame": rows["frame_orig"].astype(np.int32),
         "row": places,
-        "hard": rows["hardsubset"].reshape(-1).astype(bool),
+        "ambiguous": rows["hardsubset"].reshape(-1).astype(bool),
     }

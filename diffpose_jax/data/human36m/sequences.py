@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from diffpose_jax.data import cameras
 
@@ -59,14 +60,7 @@ _SUFFIXES = {
 
 
 class Sequence(NamedTuple):
-    """One recording.
-
-    Attributes:
-        subject: Such as "S9".
-        action: One of `ACTIONS`.
-        subaction: 0 or 1.
-        camera: One of `CAMERAS`.
-    """
+    """One recording: such as "S9", one of `ACTIONS`, 0 or 1, one of `CAMERAS`."""
 
     subject: str
     action: str
@@ -74,39 +68,33 @@ class Sequence(NamedTuple):
     camera: str
 
 
-BROKEN = frozenset(
-    {Sequence("S5", "Waiting", 1, "55011271"), Sequence("S11", "Directions", 0, "54138969")}
+BROKEN: frozenset[Sequence] = frozenset(
+    {
+        Sequence("S5", "Waiting", 1, "55011271"),
+        Sequence("S11", "Directions", 0, "54138969"),
+    }
 )
 """Left out by both programs: the video of the second is damaged."""
 
 
-def table(division: str, split: str) -> str:
-    """Tells which of the published tables a split is taken from.
+def table(split: str, subset: str) -> str:
+    """Which of the published tables, "train" or "test", holds a subset of a key of `SPLITS`.
 
     The validation split is a part of the training table: its rows keep their places there.
-
-    Args:
-        division: A key of `SPLITS`.
-        split: "train" or "test".
-
-    Returns:
-        "train" or "test"; `SPLITS["standard"]` has the table's subjects in order.
+    `SPLITS["standard"]` has a table's subjects in order.
     """
-    return "train" if division == "validation" else split
+    return "train" if split == "validation" else subset
 
 
 def parse(subject: str, name: str) -> Sequence:
-    """Tells the recording of a file.
+    """The recording of a file, with the canonical name of its action.
 
     Args:
-        subject: Such as "S9".
-        name: The file's name without its ending, such as "TakingPhoto 1.54138969".
-
-    Returns:
-        The recording, with the canonical name of its action.
+      subject: such as "S9".
+      name: the file's name without its ending, such as "TakingPhoto 1.54138969".
 
     Raises:
-        ValueError: If no recording of the subject has such a name.
+      ValueError: if no recording of the subject has such a name.
     """
     performance, _, camera = name.partition(".")
     action, _, suffix = performance.partition(" ")
@@ -118,7 +106,7 @@ def parse(subject: str, name: str) -> Sequence:
 
 
 def expected(subject: str, actions: tuple[str, ...]) -> list[Sequence]:
-    """Lists all recordings of a subject but the broken ones."""
+    """All recordings of a subject but the broken ones."""
     everything = (
         Sequence(subject, action, subaction, camera)
         for action in actions
@@ -129,19 +117,18 @@ def expected(subject: str, actions: tuple[str, ...]) -> list[Sequence]:
 
 
 def columns(
-    sequence: Sequence, frames: np.ndarray, rows: np.ndarray, points_camera_mm: np.ndarray
+    sequence: Sequence,
+    frames: Int[np.ndarray, " N"],
+    rows: Int[np.ndarray, " N"],
+    points_camera_mm: Float[np.ndarray, "N 17 3"],
 ) -> dict[str, np.ndarray]:
-    """Makes the columns that examples of one recording have in common.
+    """The columns that examples of one recording have in common.
 
     Args:
-        sequence: The recording.
-        frames: (n,), frames of the video, from 0.
-        rows: (n,), places in the whole table of the split.
-        points_camera_mm: (n, 17, 3), camera coordinates, the hip first.
-
-    Returns:
-        `subject`, `action`, `camera` (n,) str, `subaction`, `frame`, `row` (n,) int32, `pose_mm`
-        (n, 17, 3) float32.
+      sequence: the recording.
+      frames: of the video, from 0.
+      rows: places in the whole table.
+      points_camera_mm: the hip first.
     """
     count = len(frames)
     return {
@@ -155,30 +142,18 @@ def columns(
     }
 
 
-def every_64th_frame(frame: np.ndarray) -> np.ndarray:
-    """Tells the paper's test frames: of each video every 64th, beginning with its first.
+def every_64th_frame(frame: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+    """Which frames the paper tests on: of each video every 64th, beginning with its first.
 
     The first frame that is stored of a video is 3, the next are 67, 131, ..
-
-    Args:
-        frame: (N,), frames of the videos.
-
-    Returns:
-        (N,) bool.
     """
     return frame // STRIDE % (64 // STRIDE) == 0
 
 
-def every_16th_row(row: np.ndarray) -> np.ndarray:
-    """Tells the published program's test frames: every 16th row of the whole table.
+def every_16th_row(row: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+    """Which rows the published program tests on: every 16th of the whole table.
 
     Counting goes on over the ends of videos, so of a video they are every 64th frame, but from
     the second video on do not begin with its first.
-
-    Args:
-        row: (N,), places in the whole table.
-
-    Returns:
-        (N,) bool.
     """
     return row % (64 // STRIDE) == 0

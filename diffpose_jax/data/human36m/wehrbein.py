@@ -14,39 +14,34 @@ but NumPy's arrays.
 from __future__ import annotations
 
 import math
-import mmap
 import pickle
-import pickletools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
 from diffpose_jax.data.human36m import sequences
 from diffpose_jax.data.human36m.sequences import Sequence
+from diffpose_jax.io.files import FileError
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
 
 FILES = {"train": "trainset_h36m.pickle", "test": "testset_h36m.pickle"}
-HARD_SIGMA = 5.0
+AMBIGUOUS_SIGMA = 5.0
 """A frame belongs to H36MA if a fitted width is larger, in cells (2.5 x the 2 of the targets)."""
 
-_WIDTHS = {"3d_gt": 3 * NUM_JOINTS, "gaussfit": 7 * NUM_HEATMAPS}
 _FRAMES = 256
-_MOST_FRAMES = 1_000_000
-
-_FARTHEST = 1e6  # millimetres, and numbers of a fit
-
-_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_Arrays = tuple[Int[np.ndarray, " F"], Float[np.ndarray, "F 17 3"], Float[np.ndarray, "F 16 7"]]
 
 
 class _Dtype:
-    """Stands for `numpy.dtype` in a pickle: a plain type, whose byte order is set later."""
+    """Stands for `numpy.dtype` in a pickle, which may set no more of it than the byte order.
+
+    With another state, NumPy would take the bytes of an array of objects for their addresses.
+    """
 
     def __init__(self, name: str, *_: Any) -> None:
-        if not re.fullmatch(r"[biuf][1248]|[OSU]\d{0,6}", name):
-            raise pickle.UnpicklingError(f"it holds arrays of {name[:40]!r}")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -54,27 +49,17 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """An array that takes its content from a pickle only if there is as much as its shape says."""
+    """An array whose content comes from a pickle."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, of, is_fortran, content = state
-        is_list = of.dtype.hasobject
-        if not isinstance(content, list if is_list else (bytes, bytearray)):
-            raise pickle.UnpicklingError("an array has no content")
-        size = len(content) if is_list else len(content) // max(of.dtype.itemsize, 1)
-        if math.prod(shape) != size:
-            raise pickle.UnpicklingError(f"an array of {size} numbers cannot be {shape}")
-        # A bool, whatever NumPy's stub says: its np.bool cannot be made an int, as C needs it.
-        super().__setstate__((1, shape, of.dtype, bool(is_fortran), content))  # type: ignore[arg-type]
+        version, shape, of, is_fortran, content = state
+        if of.dtype.hasobject and len(content) != math.prod(shape):
+            raise pickle.UnpicklingError("an array of objects has another size than its content")
+        super().__setstate__((version, shape, of.dtype, is_fortran, content))
 
 
-_NDARRAY = "numpy.ndarray"  # only the name: calling it would make an array of any size
-
-
-def _reconstruct(kind: str, shape: tuple[int, ...], _: Any) -> _Array:
-    """Makes the empty array that its content is given to."""
-    if kind != _NDARRAY or shape != (0,):
-        raise pickle.UnpicklingError("it makes an array in another way than NumPy's")
+def _reconstruct(*_: Any) -> _Array:
+    """Stands for NumPy's function that makes the empty array to which a pickle gives content."""
     return _Array((0,), np.int8)
 
 
@@ -82,8 +67,8 @@ def _frombuffer(content: Any, of: _Dtype, shape: tuple[int, ...], order: Any) ->
     return np.frombuffer(content, of.dtype).reshape(shape, order=order)
 
 
-# NumPy 1 and 2 name the modules of these differently. None of its own functions is called with
-# what a file says.
+# NumPy 1 and 2 name the modules of these differently. `ndarray` is only an argument of
+# `_reconstruct`: called, the true one takes any bytes for addresses of objects.
 _ARRAY_PARTS: dict[tuple[str, str], Any] = {
     (f"numpy.{core}.{module}", name): part
     for core in ("core", "_core")
@@ -91,18 +76,14 @@ _ARRAY_PARTS: dict[tuple[str, str], Any] = {
         ("multiarray", "_reconstruct", _reconstruct),
         ("numeric", "_frombuffer", _frombuffer),
     )
-} | {("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): _Dtype}
+} | {("numpy", "ndarray"): None, ("numpy", "dtype"): _Dtype}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds containers, numbers, strings and NumPy's arrays; refuses all else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Gives what the file refers to by name.
-
-        Raises:
-            UnpicklingError: If that is not a part of an array.
-        """
+        """What the file refers to by name."""
         if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(
                 f"it holds {module[:60]}.{name[:60]}, which arrays and containers do not need. It "
@@ -112,34 +93,13 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ARRAY_PARTS[module, name]
 
 
-def _check_numbering(content: mmap.mmap) -> None:
-    """Goes through a pickle without running it.
-
-    Python reserves memory for every number under which a pickle may keep an object, up to the
-    highest that it names. A pickler counts them from 0.
-    """
-    kept = 0
-    # A map has what it needs of a file.
-    for opcode, number, _ in pickletools.genops(content):  # type: ignore[arg-type]
-        if opcode.name in _PUTS:
-            if number is None or number > kept:
-                raise pickle.UnpicklingError("its objects are not numbered in turn")
-            kept += 1
-
-
 def load_arrays(path: Path) -> Any:
     """Loads a pickle of NumPy arrays in containers without running code from it.
 
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a pickle, is cut off, or holds anything but arrays, numbers,
-            strings, dicts, lists, tuples and sets.
+      FileNotFoundError: if there is no such file.
+      FileError: if it is not a pickle, is cut off, or holds anything but arrays, numbers,
+        strings, dicts, lists, tuples and sets.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -148,65 +108,57 @@ def load_arrays(path: Path) -> Any:
         )
     with path.open("rb") as file:
         try:
-            # In pages of the file: none of what it claims to hold is given memory beforehand.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                _check_numbering(content)
-                content.seek(0)
-                return _ArrayUnpickler(content).load()
-        # A damaged pickle can ask for anything, so anything can go wrong.
-        except Exception as error:
-            raise ValueError(f"{path} cannot be loaded: {str(error)[:500]}") from error
+            return _ArrayUnpickler(file).load()
+        except Exception as error:  # a damaged pickle can ask for anything
+            raise FileError(f"{path} cannot be loaded: {str(error)[:500]}") from error
 
 
-def check(folder: Path, division: str) -> None:
-    """Finds out whether all recordings of both splits are there and can be read.
+def check(folder: Path, split: str) -> None:
+    """Finds out whether all recordings of the folder's pickles are there and can be read.
 
     Args:
-        folder: The folder of the pickles.
-        division: A key of `sequences.SPLITS`.
+      folder: of the pickles.
+      split: a key of `sequences.SPLITS`.
 
     Raises:
-        FileNotFoundError: If a pickle is missing.
-        ValueError: If one holds anything but arrays, or not what it should hold.
+      FileNotFoundError: if a pickle is missing.
+      FileError: if one holds anything but arrays, or not what it should hold.
     """
-    for table in sorted({sequences.table(division, split) for split in ("train", "test")}):
+    for table in sorted({sequences.table(split, subset) for subset in ("train", "test")}):
         if not list(_recordings(folder, table)):
-            raise ValueError(f"{folder / FILES[table]} holds no frames.")
+            raise FileError(f"{folder / FILES[table]} holds no frames.")
 
 
-def read(folder: Path, division: str, split: str) -> Iterator[dict[str, np.ndarray]]:
-    """Reads a split: subject by subject, action by action, as the authors' loader does.
+def read(folder: Path, split: str, subset: str) -> Iterator[dict[str, np.ndarray]]:
+    """Reads subject by subject, action by action, as the authors' loader does.
 
     Args:
-        folder: The folder of the pickles, see `check`.
-        division: A key of `sequences.SPLITS`.
-        split: "train" or "test".
+      folder: of the pickles, see `check`.
+      split: a key of `sequences.SPLITS`.
+      subset: "train" or "test".
 
     Yields:
-        Columns of up to 256 frames: `heatmaps` (n, 16, 64, 64) float32, rendered from the fits,
-        `hard` (n,) bool, and those of `sequences.columns`.
+      Columns of up to 256 frames: `heatmaps` (n, 16, 64, 64) float32, rendered from the fits,
+      `ambiguous` (n,) bool, and those of `sequences.columns`.
     """
     first_row = 0
-    for sequence, part in _recordings(folder, sequences.table(division, split)):
-        count = len(part["imgpath"])
-        rows = np.arange(first_row, first_row + count)
-        first_row += count
-        if sequence.subject not in sequences.SPLITS[division][split]:
+    for sequence, arrays in _recordings(folder, sequences.table(split, subset)):
+        frames, points_mm, fits = arrays
+        rows = np.arange(first_row, first_row + len(frames))
+        first_row += len(frames)
+        if sequence.subject not in sequences.SPLITS[split][subset]:
             continue
-        frames = part["imgpath"]
-        points_mm = part["3d_gt"].reshape(-1, 3, NUM_JOINTS).swapaxes(1, 2)
-        for start in range(0, count, _FRAMES):
+        for start in range(0, len(frames), _FRAMES):
             here = slice(start, start + _FRAMES)
-            fits = part["gaussfit"][here].reshape(-1, NUM_HEATMAPS, 7)
             yield {
-                "heatmaps": render(fits),
-                "hard": np.any(fits[..., [3, 5]] > HARD_SIGMA, axis=(1, 2)),
+                "heatmaps": render(fits[here]),
+                "ambiguous": np.any(fits[here][..., [3, 5]] > AMBIGUOUS_SIGMA, axis=(1, 2)),
                 **sequences.columns(sequence, frames[here], rows[here], points_mm[here]),
             }
 
 
-def _recordings(folder: Path, table: str) -> Iterator[tuple[Sequence, dict[str, np.ndarray]]]:
-    """Goes through a pickle in the authors' order; `imgpath` comes as frames (F,) from 0."""
+def _recordings(folder: Path, table: str) -> Iterator[tuple[Sequence, _Arrays]]:
+    """Goes through a pickle in the authors' order."""
     path = folder / FILES[table]
     content = load_arrays(path)
     for subject in sequences.SPLITS["standard"][table]:
@@ -217,56 +169,34 @@ def _recordings(folder: Path, table: str) -> Iterator[tuple[Sequence, dict[str, 
                 part = part.get(key) if isinstance(part, dict) else None
             what = f"{path}: {'/'.join(keys)}"
             if not isinstance(part, dict):
-                raise ValueError(f"{what} is missing.")
-            names = part.get("imgpath", ())
-            if not isinstance(names, (list, tuple, np.ndarray)):
-                raise ValueError(f"{what}: imgpath is no list.")
-            if len(names):
-                yield sequence, _check_part(part, what)
+                raise FileError(f"{what} is missing.")
+            if len(part.get("imgpath", ())):
+                yield sequence, _arrays(part, what)
 
 
-def _check_part(part: dict[str, Any], what: str) -> dict[str, np.ndarray]:
-    names = part["imgpath"]
-    arrays = {"imgpath": np.array([_frame(str(name)[:200], what) for name in names], np.int64)}
-    for key, width in _WIDTHS.items():
-        if key not in part:
-            hint = "; run the authors' create_data.py, which adds the poses" * (key == "3d_gt")
-            raise ValueError(f"{what} has no {key}{hint}.")
-        expected = (len(names), width)
-        array = part[key]
-        # Not made of lists: they may hold each other many times over.
-        if not isinstance(array, np.ndarray) or array.shape != expected or array.dtype.kind != "f":
-            found = f"{np.shape(array)} {array.dtype}" if isinstance(array, np.ndarray) else "none"
-            raise ValueError(
-                f"{what}: {key} is {found}; it must be {expected} of floating-point numbers, a row"
-                " for each of imgpath."
-            )
-        if not (np.abs(array) < _FARTHEST).all():  # nan is refused, too
-            raise ValueError(f"{what}: {key} holds NaN, infinity or what is far too large.")
-        arrays[key] = array.view(np.ndarray)
-    return arrays
+def _arrays(part: dict[str, Any], what: str) -> _Arrays:
+    """The frames, from 0, of a recording's images, its poses and its fits."""
+    try:
+        # An image's name is such as "/S9/Directions.54138969/4.jpg".
+        frames = np.array([int(Path(name).stem) - 1 for name in part["imgpath"]])
+        points_mm = part["3d_gt"].reshape(len(frames), 3, NUM_JOINTS).swapaxes(1, 2)
+        fits = part["gaussfit"].reshape(len(frames), NUM_HEATMAPS, 7)
+        if not (np.isfinite(points_mm).all() and np.isfinite(fits).all()):
+            raise ValueError("it holds NaN or infinity")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileError(
+            f"{what} is not as the authors' create_data.py writes it (which adds 3d_gt):"
+            f" {type(error).__name__} {str(error)[:300]}"
+        ) from error
+    return frames, points_mm, fits
 
 
-def _frame(name: str, what: str) -> int:
-    """Tells the frame, from 0, of an image's name such as "/S9/Directions.54138969/4.jpg"."""
-    number = Path(name).stem
-    if not (number.isdecimal() and 0 < int(number[:10]) <= _MOST_FRAMES and len(number) <= 10):
-        raise ValueError(f"{what}: imgpath holds {name!r}; it must end in the frame's number.")
-    return int(number) - 1
-
-
-def render(fits: np.ndarray) -> np.ndarray:
-    """Renders fitted Gaussians.
+def render(fits: Float[np.ndarray, "*N 7"]) -> Float32[np.ndarray, "*N 64 64"]:
+    """Renders fitted Gaussians: amplitude, x, y, sigma_x, theta, sigma_y and error each.
 
     With u = cos(theta) (x - x_0) - sin(theta) (y - y_0) and v = sin(theta) (x - x_0) +
     cos(theta) (y - y_0), a heatmap is amplitude exp(-u^2 / 2 sigma_x^2 - v^2 / 2 sigma_y^2).
     Widths count by their absolute values; below 0.2 they are 0.2, as the authors clip them.
-
-    Args:
-        fits: (..., 7) numbers a joint, in the order that the module's docstring gives.
-
-    Returns:
-        (..., 64, 64) float32, row = y, column = x.
     """
     amplitude, x0, y0, sigma_x, theta, sigma_y = (
         fits[..., i, None, None].astype(np.float32) for i in range(6)
