@@ -9,7 +9,9 @@ import numpy as np
 from configs import h36m
 from diffpose_jax import config as config_lib
 from diffpose_jax.data import motion, pipeline
-from diffpose_jax.method import network as model
+from diffpose_jax.inference import Model
+from diffpose_jax.method import diffusion
+from diffpose_jax.method import network as network_lib
 
 
 def small_config(**training) -> ml_collections.ConfigDict:
@@ -49,13 +51,17 @@ def small_config(**training) -> ml_collections.ConfigDict:
     return config
 
 
+def parsed(config):
+    return config_lib.from_dict(config)
+
+
 def network(config):
-    return config_lib.call(model.build, config.model, "config.model")
+    return network_lib.build(parsed(config).model)
 
 
 def model_of(config, key):
     net = network(config)
-    return model.Model(network=net, params=net.init(key), config=config)
+    return Model(network=net, params=net.init(key), config=parsed(config))
 
 
 def distinct_config(**changes):
@@ -88,7 +94,12 @@ def small_model(**changes):
         lambda p: np.float32(rng.normal(0, p.shape[0] ** -0.5, p.shape)),
         jax.eval_shape(network.init, jax.random.key(0)),
     )
-    return model.Model(network=network, params=params, config=distinct_config(**changes))
+    return Model(network=network, params=params, config=parsed(distinct_config(**changes)))
+
+
+def x_0_of(schedule, predict_noise, clip=30.0):
+    """The prediction of x_0 that a prediction of the noise implies, for `sampling.sample`."""
+    return lambda x_t, t: diffusion.predict_x_0(schedule, x_t, t, predict_noise(x_t, t), clip)
 
 
 def examples(seed, number, wide=()):

@@ -13,15 +13,17 @@ from seeded_weights import seeded_weights
 
 from configs import h36m
 from diffpose_jax import config as config_lib
+from diffpose_jax.config import ModelConfig
 from diffpose_jax.data.human36m import every_16th_row, released
 from diffpose_jax.detectors import Detector, hrnet
 from diffpose_jax.evaluation import metrics
 from diffpose_jax.evaluation.alignment import procrustes_align
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.method import diffusion, heatmaps, sampling
-from diffpose_jax.method import network as model
+from diffpose_jax.method import network as network_lib
 from diffpose_jax.method.channel_embedding import channel_embedding
 from diffpose_jax.method.heatmaps import Candidates
+from diffpose_jax.method.pose_vector import pose_to_vector
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,7 +67,7 @@ def build(reference_dir):
     def build(case, changes, without=None):
         config = h36m.get_config().model
         config.update(changes)
-        network = config_lib.call(model.build, config, "config.model")
+        network = network_lib.build(config_lib.parse(ModelConfig, config, "config.model"))
         tensors = seeded_weights(spec, int(case["weights_seed"]))
         if without:
             tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(without)}
@@ -172,7 +174,7 @@ def test_ablated_condition(load, build, name):
 def test_denoiser(diffpose):
     case, network, params = diffpose
     x, t, condition = (jnp.asarray(case[f"denoiser/{name}"]) for name in "xtc")
-    eps = network.denoise(params, x, t, network.project_condition(params, condition))
+    eps = network.predict_noise(params, x, t, network.project_condition(params, condition))
     assert_close(eps, case["denoiser/eps"], of_std=1e-5)
 
 
@@ -181,7 +183,7 @@ def denoise_from_heatmap_candidates(diffpose):
     case, network, params = diffpose
     condition = network.condition(params, given_candidates(case, "samples"))
     projected = network.project_condition(params, condition)
-    return lambda x_t, t, projected: network.denoise(params, x_t, t, projected), projected
+    return lambda *inputs: network.predict_noise(params, *inputs), projected
 
 
 def test_loss(diffpose):
@@ -198,13 +200,12 @@ def test_loss(diffpose):
 
 
 def test_reverse_chain(diffpose):
-    case, network, _ = diffpose
-    denoise, projected = denoise_from_heatmap_candidates(diffpose)
+    case, network, params = diffpose
+    _, projected = denoise_from_heatmap_candidates(diffpose)
+    steps = sampling.parse_solver(network.schedule)
 
     def chain(projected, noise):
-        return sampling.reverse_chain(
-            lambda x_t, t: denoise(x_t, t, projected), network.schedule, noise, network.clip
-        )
+        return sampling.reverse_chain(network.denoise(params, projected), steps, noise)
 
     vector = jax.vmap(chain, in_axes=(0, 1))(projected, jnp.asarray(case["reverse/noise"]))
     assert_close(vector / network.pose_scale, case["reverse/pose_m"], of_std=1e-4)
@@ -267,7 +268,8 @@ def hrnet_case(load, reference_dir):
     spec = reference_dir / "hrnet_w32_state_dict.json"
     spec = spec if spec.exists() else GOLDEN / spec.name
     params = hrnet.from_torch(seeded_weights(spec, int(case["weights_seed"])))
-    return case, Detector(hrnet.HRNet(), hrnet.preprocess, params, 256, "hrnet_w32-seeded")
+    side = len(case["image"])
+    return case, Detector(hrnet.HRNet(), hrnet.preprocess, params, side, "hrnet_w32-seeded")
 
 
 def test_hrnet(hrnet_case):
@@ -301,7 +303,7 @@ def test_released_data_file(reference_dir, load):
         assert_close(found["pose_mm"], case[f"{subset}/gt_mm"], absolute=1e-3)
         if f"{subset}/pose_m" not in case:
             continue
-        vector = model.pose_to_vector(jnp.asarray(found["pose_mm"]), pose_scale=1.0)
+        vector = pose_to_vector(jnp.asarray(found["pose_mm"]), pose_scale=1.0)
         pose_m = jnp.swapaxes(vector.reshape(-1, 3, 16), 1, 2)
         assert_close(pose_m, case[f"{subset}/pose_m"], absolute=5e-6)
         assert found["action"].tolist() == case[f"{subset}/action"].tolist()

@@ -19,11 +19,13 @@ class Denoiser(nn.Module):
     the same at all diffusion steps, so `project_condition` computes it once.
 
     Attributes:
+      pose_size: length N of the vectors, 48.
       width: hidden width, 1024.
       num_blocks: residual blocks, 2.
       dtype: type of the matrix products; parameters are float32.
     """
 
+    pose_size: int = POSE_SIZE
     width: int = 1024
     num_blocks: int = 2
     dtype: DTypeLike = jnp.float32
@@ -37,7 +39,7 @@ class Denoiser(nn.Module):
         self.input = linear(self.width)
         self.condition = linear(self.width, use_bias=False)
         self.blocks = [(linear(self.width), linear(self.width)) for _ in range(self.num_blocks)]
-        self.output = linear(POSE_SIZE)
+        self.output = linear(self.pose_size)
 
     def project_condition(self, condition: Float[Array, "*batch C"]) -> Float[Array, "*batch W"]:
         """The condition's part of the first layer."""
@@ -45,10 +47,10 @@ class Denoiser(nn.Module):
 
     def __call__(
         self,
-        x_t: Float[Array, "*batch 48"],
+        x_t: Float[Array, "*batch N"],
         t: Int[Array, "*batch"],
         projected: Float[Array, "*#batch W"],
-    ) -> Float[Array, "*batch 48"]:
+    ) -> Float[Array, "*batch N"]:
         """Predicts the noise eps in x_t; the network sees the raw integer t."""
         time = t.astype(x_t.dtype)[..., None]
         h = self.input(jnp.concatenate([x_t, time], axis=-1)) + projected

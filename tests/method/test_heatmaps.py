@@ -1,5 +1,7 @@
 """From heatmaps to joint candidates: cells, argmax, sampling by inverse transform, checks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,7 +13,11 @@ from diffpose_jax.method import heatmaps
 from diffpose_jax.method.heatmaps import Candidates
 
 sample_cells = jax.jit(heatmaps.sample_cells, static_argnums=2)
-sample = jax.jit(heatmaps.sample, static_argnums=2, static_argnames="include_argmax")
+
+
+@functools.partial(jax.jit, static_argnums=2, static_argnames="include_argmax")
+def sample(key, maps, num_candidates, include_argmax=True):
+    return heatmaps.sample(key, maps, num_candidates, include_argmax)
 
 
 def cell(x, y):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import x_0_of
 
 from diffpose_jax.method import diffusion, sampling
 from diffpose_jax.method.denoiser import Denoiser
@@ -97,14 +98,9 @@ def sample(key, denoise, projected, schedule, size, number):
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))
     def draw(key, index):
-        return sampling.sample_hypothesis(
-            key,
-            index,
-            lambda x_t, t: denoise(x_t, t, projected),
-            schedule,
-            diffusion.reverse_steps(schedule),
-            size=size,
-            clip=CLIP,
+        predict = x_0_of(schedule, lambda x_t, t: denoise(x_t, t, projected), CLIP)
+        return sampling.sample(
+            predict, sampling.parse_solver(schedule), jax.random.fold_in(key, index), size
         )
 
     keys = jax.random.split(key, number // 2000)

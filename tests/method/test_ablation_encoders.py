@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffpose_jax.method.ablation_encoders import CandidateVector, HeatmapResNet
 from diffpose_jax.method.heatmaps import Candidates
-from diffpose_jax.method.plain_encoders import CandidateVector, HeatmapResNet
 
 B, S, J = 3, 5, 16
 
