@@ -296,7 +296,7 @@ def test_released_data_file(reference_dir, load):
         ]
         columns[split] = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     test = columns["test"]
-    columns["h36ma"] = {name: values[test["hard"]] for name, values in test.items()}
+    columns["h36ma"] = {name: values[test["ambiguous"]] for name, values in test.items()}
     every_16th = every_16th_row(test["row"])
     columns["test_every64"] = {name: values[every_16th] for name, values in test.items()}
     for subset, found in columns.items():
