@@ -65,7 +65,7 @@ def mode(hypotheses_mm: Float[Array, "B M 17 3"]) -> Float[Array, "B 17 3"]:
 
     densest = _take(hypotheses_mm, jnp.argmax(_sum_over_others(hypotheses_mm, kernel), axis=1))
 
-    def shift(_: int, pose_mm: Array) -> Array:
+    def shift(_: Array, pose_mm: Array) -> Array:
         squares = jnp.sum((hypotheses_mm - pose_mm[:, None]) ** 2, axis=(2, 3))
         return _weighted_mean(hypotheses_mm, jax.nn.softmax(-scale * squares, axis=1))
 

@@ -50,7 +50,7 @@ def _nearest_rotation(matrix: Float[Array, "3 3 *B"]) -> Float[Array, "3 3 *B"]:
     identity = jnp.eye(3, dtype=matrix.dtype).reshape((3, 3) + (1,) * (matrix.ndim - 2))
     identity = jnp.broadcast_to(identity, matrix.shape)
 
-    def sweep(_: int, columns: list[Array]) -> list[Array]:
+    def sweep(_: Array, columns: list[Array]) -> list[Array]:
         for p, q in ((0, 1), (0, 2), (1, 2)):
             a, b = columns[p], columns[q]
             # A quarter turn first where the later column is the longer one.

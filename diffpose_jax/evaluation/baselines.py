@@ -67,24 +67,24 @@ class RegressionParams:
     """A fitted regression: its network, and the moments of inputs and poses (without the hip)."""
 
     variables: Any
-    input_mean: Float[Array, "16 3"]
-    input_std: Float[Array, "16 3"]
-    pose_mean_mm: Float[Array, "16 3"]
-    pose_std_mm: Float[Array, "16 3"]
+    input_mean: Float[Array | np.ndarray, "16 3"]
+    input_std: Float[Array | np.ndarray, "16 3"]
+    pose_mean_mm: Float[Array | np.ndarray, "16 3"]
+    pose_std_mm: Float[Array | np.ndarray, "16 3"]
 
 
 @struct.dataclass
 class GaussianParams:
     """F with F F^T the residuals' covariance (joint-major, without the hip)."""
 
-    factor_mm: Float[Array, "48 48"]
+    factor_mm: Float[Array | np.ndarray, "48 48"]
 
 
 @struct.dataclass
 class Baselines:
     """The three baselines, fitted."""
 
-    mean_pose_mm: Float[Array, "17 3"]
+    mean_pose_mm: Float[Array | np.ndarray, "17 3"]
     regression: RegressionParams
     gaussian: GaussianParams
 
@@ -144,7 +144,9 @@ def fit_regression(
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     @jax.jit  # x and y as arguments: as constants they would be compiled
-    def train(first: int, last: int, state: tuple[Any, ...], x: Array, y: Array) -> tuple[Any, ...]:
+    def train(
+        first: Array | int, last: Array | int, state: tuple[Any, ...], x: Array, y: Array
+    ) -> tuple[Any, ...]:
         def step(i: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
             params, batch_stats, optimizer_state, _ = state
             rows = jax.random.randint(jax.random.fold_in(batch_key, i), (batch_size,), 0, len(x))

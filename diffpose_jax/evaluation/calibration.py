@@ -70,7 +70,7 @@ class Calibration:
       solver: what drew the hypotheses; None, as `num_hypotheses`, if that is not known.
     """
 
-    factor: Float[np.ndarray, " 17"]
+    factor: Float[np.ndarray, " 17"] | Float[Array, " 17"]
     floor_mm: float = struct.field(pytree_node=False)
     level: float = struct.field(pytree_node=False)
     num_frames: int = struct.field(pytree_node=False)

@@ -192,7 +192,7 @@ def _median_over_hypotheses(values: Float[Array, "B M J 3"]) -> Float[Array, "B 
     k = (M - 1) // 2
     keys = _ordered_bits(values.astype(jnp.float32))
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         reached = jnp.sum(keys <= middle[:, None], axis=1) > k
