@@ -20,41 +20,32 @@ from diffpose_jax.config import check_range
 class CameraConfig:
     """Distribution of cameras around a person; the defaults follow Human3.6M's four cameras.
 
-    Attributes:
-      focal_length_px_min: Human3.6M has 1143.5 to 1149.8 px, in images of 1000 x 1000 px.
-      centre_x_px: mean of the principal point; `centre_std_px` is its spread on either axis.
-      distance_mm_min: horizontal distance of camera and subject.
-      height_mm_min: height of the camera above the floor.
-      offset_mm: largest horizontal distance of the subject from the optical axis. What the camera
-        looks at is drawn uniformly in +- this, so that people stand anywhere in the image.
-      target_height_mm_min: height above the floor of the point at which a camera looks.
-      roll_std_degrees: standard deviation of the rotation about the optical axis.
+    What a camera looks at is drawn uniformly in +- `offset_mm` around the person, so that people
+    stand anywhere in the image.
     """
 
-    focal_length_px_min: float = 1143.0
+    focal_length_px_min: float = 1143.0  # Human3.6M: 1143.5 to 1149.8, images of 1000 x 1000 px
     focal_length_px_max: float = 1150.0
-    centre_x_px: float = 512.0
+    centre_x_px: float = 512.0  # mean of the principal point
     centre_y_px: float = 508.0
     centre_std_px: float = 5.0
-    distance_mm_min: float = 4000.0
+    distance_mm_min: float = 4000.0  # horizontal distance of camera and subject
     distance_mm_max: float = 6500.0
-    height_mm_min: float = 1300.0
+    height_mm_min: float = 1300.0  # of the camera above the floor
     height_mm_max: float = 1700.0
-    offset_mm: float = 900.0
-    target_height_mm_min: float = 700.0
+    offset_mm: float = 900.0  # largest horizontal distance of the subject from the optical axis
+    target_height_mm_min: float = 700.0  # above the floor, of the point at which a camera looks
     target_height_mm_max: float = 1100.0
-    roll_std_degrees: float = 1.0
+    roll_std_degrees: float = 1.0  # rotation about the optical axis
 
     def __post_init__(self) -> None:
         check_range(
             self,
             focal_length_px_min=(1, self.focal_length_px_max),
-            centre_std_px=(0, 1e4),
             distance_mm_min=(1, self.distance_mm_max),
             height_mm_min=(-1e5, self.height_mm_max),
-            offset_mm=(0, 1e5),
             target_height_mm_min=(-1e5, self.target_height_mm_max),
-            roll_std_degrees=(0, 360),
+            **dict.fromkeys(("centre_std_px", "offset_mm", "roll_std_degrees"), (0, 1e5)),
         )
 
 
@@ -72,12 +63,9 @@ def look_at(
     target_mm: Float[np.ndarray, "B 3"],
     roll: Float[np.ndarray, " B"],
 ) -> Float[np.ndarray, "B 3 3"]:
-    """Rotation, world to camera, of cameras whose optical axis goes through a point.
+    """Rotation, world to camera, of cameras that look at a target, not straight up or down.
 
-    Args:
-      position_mm: centres of the cameras.
-      target_mm: the points; not straight above or below the camera.
-      roll: rotation about the optical axis in radians.
+    `roll` is a rotation about the optical axis in radians.
     """
     forward = target_mm - position_mm
     forward = forward / np.linalg.norm(forward, axis=-1, keepdims=True)

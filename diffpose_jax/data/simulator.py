@@ -66,76 +66,43 @@ class SimulatorConfig:
     """Parameters of the simulated detector: lengths are heatmap cells, chances lie in [0, 1].
 
     A hidden joint (behind another part of the body) is "unsure" with the chance `hidden_unsure`;
-    the fields `hidden_*` and `*_hidden` are for those, the others for all other joints.
-
-    Attributes:
-      quality_std: spread (log) of an image's quality factor, which multiplies all errors and
-        chances of failure in it.
-      error: scale of the localisation error of a joint of average difficulty.
-      error_tail: degrees of freedom of the error's Student distribution: small is heavy-tailed.
-      amplitude: typical height of a joint's mode; `sigma` is its typical width, whose spread
-        `sigma_std` (log) is drawn separately for both axes.
-      occlusion_margin_mm: how much nearer to the camera than a joint the axis of a body part must
-        be to hide it.
-      hidden_error: factor on the error.
-      hidden_spread: mean of the exponentially distributed widening of the mode: the width is
-        multiplied by 1 + widening, the height falls accordingly.
-      cut_amplitude: mean height of the low flat mode of a joint outside the crop.
-      missed: chance that there is nothing but an almost flat map.
-      confusion: chance that the detector confuses the two arms, or the two legs, of a person
-        seen from the front; from behind it is `confusion_behind`, in between interpolated.
-      neighbour: chance of a second mode on a neighbouring joint.
-      clutter: chance of a second mode anywhere.
-      second_amplitude: mean height of a neighbour's or clutter's mode relative to `amplitude`.
-      background: standard deviation of the amplitudes of the background blobs.
+    the other fields `hidden_*` and `*_hidden` are for unsure joints.
     """
 
-    quality_std: float = 0.35
-    error: float = 0.55
-    error_tail: float = 4.0
-    amplitude: float = 0.9
+    quality_std: float = 0.35  # log; of an image's factor on all its errors and chances of failure
+    error: float = 0.55  # scale of the localisation error of a joint of average difficulty
+    error_tail: float = 4.0  # degrees of freedom of its Student distribution: few are heavy-tailed
+    amplitude: float = 0.9  # height of a joint's mode
     amplitude_std: float = 0.07
-    sigma: float = 2.05
-    sigma_std: float = 0.08
-    occlusion_margin_mm: float = 80.0
-    hidden_unsure: float = 0.5
-    hidden_error: float = 2.5
-    hidden_spread: float = 0.25
-    cut_amplitude: float = 0.12
-    missed: float = 0.0005
+    sigma: float = 2.05  # width of a joint's mode
+    sigma_std: float = 0.08  # log, separately on both axes
+    occlusion_margin_mm: float = 80.0  # how much nearer the axis of a part must be to hide a joint
+    hidden_unsure: float = 0.5  # chance that a hidden joint is not localised like a visible one
+    hidden_error: float = 2.5  # factor on the error
+    hidden_spread: float = 0.25  # mean of the exponentially distributed widening of the mode
+    cut_amplitude: float = 0.12  # mean height of the low flat mode of a joint outside the crop
+    missed: float = 0.0005  # chance of nothing but an almost flat map
     missed_hidden: float = 0.006
-    confusion: float = 0.02
-    confusion_behind: float = 0.1
-    neighbour: float = 0.01
+    confusion: float = 0.02  # chance to confuse the arms, or the legs, of a person from the front
+    confusion_behind: float = 0.1  # the same from behind; in between it is interpolated
+    neighbour: float = 0.01  # chance of a second mode on a neighbouring joint
     neighbour_hidden: float = 0.1
-    clutter: float = 0.01
+    clutter: float = 0.01  # chance of a second mode anywhere
     clutter_hidden: float = 0.06
-    second_amplitude: float = 0.35
-    background: float = 0.003
+    second_amplitude: float = 0.35  # mean height of these two modes relative to `amplitude`
+    background: float = 0.003  # standard deviation of the amplitudes of the background blobs
 
     def __post_init__(self) -> None:
         chances = ["hidden_unsure", "missed", "missed_hidden", "confusion", "confusion_behind"]
         chances += ["neighbour", "neighbour_hidden", "clutter", "clutter_hidden"]
-        check_range(
-            self,
-            **dict.fromkeys(chances, (0, 1)),
-            **dict.fromkeys(("error_tail", "sigma"), (1e-3, 1e6)),
-            **dict.fromkeys(("quality_std", "sigma_std", "amplitude_std"), (0, 10)),
-            **dict.fromkeys(("error", "hidden_error", "hidden_spread", "background"), (0, 1e3)),
-            **dict.fromkeys(("amplitude", "cut_amplitude", "second_amplitude"), (0, 1e3)),
-        )
+        check_range(self, **dict.fromkeys(chances, (0, 1)), error_tail=(0.1, 1e9), sigma=(0.1, 64))
 
 
 class Detections(NamedTuple):
-    """What the simulated detector gives for a batch.
+    """What the simulated detector gives for a batch; joints in MPII order."""
 
-    Attributes:
-      blobs: see `render`; joints in MPII order.
-      hidden: whether the joint lies behind another part of the body.
-    """
-
-    blobs: Float[np.ndarray, "B 16 R 5"]
-    hidden: Bool[np.ndarray, "B 16"]
+    blobs: Float[np.ndarray, "B 16 R 5"]  # see `render`
+    hidden: Bool[np.ndarray, "B 16"]  # behind another part of the body
 
 
 def render(

@@ -12,62 +12,34 @@ from __future__ import annotations
 
 import dataclasses
 import graphlib
-import re
-from collections.abc import Sequence
+import itertools
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 
-from diffpose_jax.data.motion.recording import (
-    Recording,
-    check_size,
-    error_at,
-    listed,
-    parse_floats,
-    read_lines,
-)
+from diffpose_jax.data.motion.recording import Line, Recording, listed, place, read_lines
 
 ROOT = "root"
 _INCH_MM = 25.4
 _ROTATIONS = ("RX", "RY", "RZ")
 _TRANSLATIONS = ("TX", "TY", "TZ")
 
-_Line = tuple[int, list[str]]  # its number and its words
-
 
 @dataclasses.dataclass(frozen=True)
 class Bone:
-    """A bone of an ASF skeleton, or its root (a bone of no length).
-
-    Attributes:
-      name: as in the file; the position of this name is the bone's end.
-      parent: index of the parent among the skeleton's bones; -1 for the root.
-      vector: from start to end in the rest pose, world axes. For the root: its preset position.
-      axes: the matrix C.
-      freedoms: what a line of the motion holds: "RX", "RY", "RZ" and, of the root, also "TX",
-        "TY", "TZ", each at most once, in the order of the file.
-    """
+    """A bone of an ASF skeleton, or its root; the position of its name is the bone's end."""
 
     name: str
-    parent: int
-    vector: Float[np.ndarray, " 3"]
-    axes: Rotation
-    freedoms: tuple[str, ...]
+    parent: int  # index of the parent among the skeleton's bones; -1 for the root
+    vector: Float[np.ndarray, " 3"]  # start to end in the rest pose; of the root: where it is
+    axes: Rotation  # C
+    freedoms: tuple[str, ...]  # RX, RY, RZ and, of the root, TX, TY, TZ, in the order of the file
 
 
-@dataclasses.dataclass(frozen=True)
-class AcclaimSkeleton:
-    """An ASF file: the root and the bones, parents first, and the units of its numbers."""
-
-    bones: tuple[Bone, ...]
-    unit_mm: float
-    in_degrees: bool
-
-
-def read_asf(path: str | Path) -> AcclaimSkeleton:
-    """Reads a skeleton.
+def read_asf(path: str | Path) -> tuple[list[Bone], float, bool]:
+    """Reads a skeleton: bones, parents first, the unit in millimetres, and if angles are degrees.
 
     `length` among the `:units` is taken as the CMU database uses it: lengths divided by it are
     inches (mocap.cs.cmu.edu, FAQ: 0.45, so that the unit is 56.4 mm).
@@ -76,32 +48,29 @@ def read_asf(path: str | Path) -> AcclaimSkeleton:
       ValueError: the file is no ASF, is cut off or contradicts itself; names the line.
     """
     path = Path(path)
-    sections: dict[str, list[_Line]] = {}
-    for number, line in enumerate(read_lines(path), 1):
-        words = re.sub(r"[(),]", " ", line.partition("#")[0]).split()
-        if words and words[0].startswith(":"):
-            section = sections.setdefault(words[0][1:].lower(), [])
-        elif words and sections:
-            section.append((number, words))
-    for needed in ("root", "bonedata", "hierarchy"):
+    sections: dict[str, list[Line]] = {"": []}
+    section = sections[""]
+    for line in read_lines(path):
+        word = line.words[0]
+        if word.startswith(":"):
+            section = sections.setdefault(word[1:].lower(), [])
+        elif not word.startswith("#"):
+            section.append(line)
+    for needed in ("units", "root", "bonedata", "hierarchy"):
         if not sections.get(needed):
             raise ValueError(f"{path}: no section :{needed}; it is no ASF file or is cut off")
-    units = _fields(sections.get("units", []))
-    number, words = units.get("length", (1, ["1"]))
-    (length,) = parse_floats(path, number, words, 1)
+    units = _fields(sections["units"], "length 1", "angle deg")
+    length = float(units["length"].floats(1)[0])
     if length < 1e-6:
-        raise error_at(path, number, f"length is {length}; it must be positive")
-    in_degrees = units.get("angle", (1, ["deg"]))[1][:1] != ["rad"]
-
-    bones = [_root(path, sections["root"], in_degrees)]
-    block: list[_Line] = []
-    for number, words in sections["bonedata"]:
-        block.append((number, words))
-        if words[0] == "end":
-            bones.append(_bone(path, block, in_degrees))
+        raise units["length"].error(f"length is {length}; it must be positive")
+    in_degrees = units["angle"].words[1:2] != ["rad"]
+    bones, block = [_root(sections["root"], in_degrees)], []
+    for line in sections["bonedata"]:
+        block.append(line)
+        if line.words[0] == "end":
+            bones.append(_bone(block, in_degrees))
             block = []
-    bones = _connect(path, bones, sections["hierarchy"])
-    return AcclaimSkeleton(tuple(bones), _INCH_MM / float(length), in_degrees)
+    return _connect(bones, sections["hierarchy"]), _INCH_MM / length, in_degrees
 
 
 def find_asf(path: str | Path) -> Path:
@@ -131,10 +100,7 @@ def find_asf(path: str | Path) -> Path:
 
 
 def read_amc(path: str | Path) -> Recording:
-    """Reads a motion and places the bones of its skeleton, the file that `find_asf` finds.
-
-    Args:
-      path: the .amc file; every frame must have all bones that can move.
+    """Reads a motion of the skeleton that `find_asf` finds; a frame has all bones that can move.
 
     Returns:
       "root" and the bones; a position is where the bone ends, and the axes are the world's as
@@ -144,87 +110,82 @@ def read_amc(path: str | Path) -> Recording:
       ValueError: a file is no such file, is cut off or contradicts itself; names the line.
     """
     path = Path(path)
-    lines = read_lines(path)
-    skeleton = read_asf(find_asf(path))
-    slots, num_columns = {}, 0
-    for bone in skeleton.bones:
-        if bone.freedoms:
-            slots[bone.name] = slice(num_columns, num_columns + len(bone.freedoms))
-            num_columns += len(bone.freedoms)
-
-    fps, in_degrees = None, skeleton.in_degrees
-    frames: list[np.ndarray] = []
-    starts: list[int] = []
-    for number, line in enumerate(lines, 1):
-        name, *words = line.split() or ["#"]
-        keyword = name.upper()
-        if name in slots and frames:
-            slot = slots[name]
-            frames[-1][slot] = parse_floats(path, number, words, slot.stop - slot.start)
-        elif name.isdecimal() and not words:
-            starts.append(number)
-            frames.append(np.full(num_columns, np.nan))
-        elif keyword == ":SAMPLES-PER-SECOND":
-            fps = float(parse_floats(path, number, words, 1)[0])
+    lines = [line for line in read_lines(path) if not line.text.lstrip().startswith("#")]
+    bones, unit_mm, in_degrees = read_asf(find_asf(path))
+    starts = [index for index, line in enumerate(lines) if line.text.strip().isdecimal()]
+    if not starts:
+        raise ValueError(f"{path}: no frames; it is no AMC file or is cut off")
+    fps = None
+    for line in lines[: starts[0]]:
+        keyword = line.words[0].upper()
+        if keyword == ":SAMPLES-PER-SECOND":
+            fps = float(line.floats(1)[0])
         elif keyword in (":DEGREES", ":RADIANS"):
             in_degrees = keyword == ":DEGREES"
-        elif not name.startswith("#") and (frames or not name.startswith(":")):
-            raise error_at(
-                path, number, f"{name[:40]!r} is neither a bone that moves nor a frame's number"
-            )
-    if not frames:
-        raise ValueError(f"{path}: no frames; it is no AMC file or is cut off")
-    check_size(path, len(frames), len(skeleton.bones))
-    table = np.stack(frames)
-    for start, frame in zip(starts, table, strict=True):
-        missing = [name for name, slot in slots.items() if np.isnan(frame[slot]).any()]
-        if missing:
-            reason = f"the frame that starts here lacks {listed(missing)}"
-            raise error_at(path, start, f"{reason}; the file is cut off or has another skeleton")
-    positions, rotations = _place(skeleton.bones, table, in_degrees)
-    names = tuple(bone.name for bone in skeleton.bones)
-    return Recording(names, positions, rotations, fps, skeleton.unit_mm)
+    sizes = {bone.name: len(bone.freedoms) for bone in bones if bone.freedoms}
+    frames = [
+        _frame(lines[start:end], sizes) for start, end in itertools.pairwise([*starts, len(lines)])
+    ]
+    ends = np.cumsum([len(bone.freedoms) for bone in bones])
+    columns = np.split(np.stack(frames), ends[:-1], axis=1)
+    moved = [_moved(*each, in_degrees) for each in zip(bones, columns, strict=True)]
+    names = tuple(bone.name for bone in bones)
+    return Recording(names, *place(path, len(frames), moved), fps, unit_mm)
 
 
-def _fields(lines: list[_Line]) -> dict[str, _Line]:
-    """First words of lines, the number and the other words of each; the first such line counts."""
-    return {words[0].lower(): (number, words[1:]) for number, words in reversed(lines)}
+def _frame(lines: list[Line], sizes: dict[str, int]) -> Float[np.ndarray, " C"]:
+    """Numbers of a frame, in the order of the skeleton's bones."""
+    numbers = {}
+    for line in lines[1:]:
+        name = line.words[0]
+        if name not in sizes:
+            raise line.error(f"{name[:40]!r} is neither a bone that moves nor a frame's number")
+        numbers[name] = line.floats(sizes[name])
+    if missing := [name for name in sizes if name not in numbers]:
+        raise lines[0].error(
+            f"the frame that starts here lacks {listed(missing)}; the file is cut off or has "
+            "another skeleton"
+        )
+    return np.concatenate([numbers[name] for name in sizes])
 
 
-def _root(path: Path, section: list[_Line], in_degrees: bool) -> Bone:
-    fields = _fields(section)
-    number, order = fields.get("order", (section[0][0], []))
-    freedoms = tuple(word.upper() for word in order)
+def _fields(lines: list[Line], *defaults: str) -> dict[str, Line]:
+    """Lines by their first word."""
+    presets = [dataclasses.replace(lines[0], text=text) for text in defaults]
+    return {line.words[0].lower(): line for line in [*presets, *lines]}
+
+
+def _root(section: list[Line], in_degrees: bool) -> Bone:
+    fields = _fields(section, "order", "position 0 0 0", "orientation 0 0 0", "axis XYZ")
+    freedoms = tuple(word.upper() for word in fields["order"].words[1:])
     if sorted(freedoms) != sorted(_ROTATIONS + _TRANSLATIONS):
-        raise error_at(path, number, "the root's order must hold TX TY TZ RX RY RZ, in any order")
-    position = parse_floats(path, *fields.get("position", (1, ["0"] * 3)), 3)
-    number, words = fields.get("orientation", (1, ["0"] * 3))
-    order = fields.get("axis", (1, ["XYZ"]))[1]
-    return Bone(ROOT, -1, position, _axes(path, number, [*words, *order], in_degrees), freedoms)
+        raise fields["order"].error("the root's order must hold TX TY TZ RX RY RZ, in any order")
+    position = fields["position"].floats(3)
+    orientation = fields["orientation"]
+    axes = _axes(orientation, [*orientation.words[1:], *fields["axis"].words[1:]], in_degrees)
+    return Bone(ROOT, -1, position, axes, freedoms)
 
 
-def _bone(path: Path, block: list[_Line], in_degrees: bool) -> Bone:
-    start, fields = block[0][0], _fields(block)
+def _bone(block: list[Line], in_degrees: bool) -> Bone:
+    fields = _fields(block, "dof")
     for needed in ("name", "direction", "length", "axis"):
-        if not fields.get(needed, (0, []))[1]:
-            raise error_at(path, start, f"the bone that begins here has no {needed}")
-    name = fields["name"][1][0]
-    direction = parse_floats(path, *fields["direction"], 3)
-    length = parse_floats(path, *fields["length"], 1)
-    number, words = fields.get("dof", (start, []))
-    freedoms = tuple(word.upper() for word in words)
+        if needed not in fields or len(fields[needed].words) < 2:
+            raise block[0].error(f"the bone that begins here has no {needed}")
+    name = fields["name"].words[1]
+    direction = fields["direction"].floats(3)
+    length = fields["length"].floats(1)
+    freedoms = tuple(word.upper() for word in fields["dof"].words[1:])
     if not set(freedoms) <= set(_ROTATIONS) or len(set(freedoms)) < len(freedoms):
-        reason = f"dof of {name[:60]} may hold rx, ry and rz once each, not: {listed(freedoms)}"
-        raise error_at(path, number, reason)
-    return Bone(name, -1, length * direction, _axes(path, *fields["axis"], in_degrees), freedoms)
+        raise fields["dof"].error(f"dof of {name[:60]} may hold rx, ry and rz once each")
+    axes = _axes(fields["axis"], fields["axis"].words[1:], in_degrees)
+    return Bone(name, -1, length * direction, axes, freedoms)
 
 
-def _axes(path: Path, number: int, words: list[str], in_degrees: bool) -> Rotation:
+def _axes(line: Line, words: list[str], in_degrees: bool) -> Rotation:
     """The matrix C of three angles (about X, Y and Z) and the order in which they act."""
-    angles = parse_floats(path, number, words[:3], 3)
-    order = "".join(words[3:]).upper()
+    angles, order = line.floats(3, words[:3]), "".join(words[3:]).upper()
     if sorted(order) != ["X", "Y", "Z"]:
-        raise error_at(path, number, f"the order of the axes is {order[:40]!r}; give such as XYZ")
+        raise line.error(f"the order of the axes is {order[:40]!r}; give such as XYZ")
     return _turn(order, angles[["XYZ".index(axis) for axis in order]], in_degrees)
 
 
@@ -233,27 +194,27 @@ def _turn(order: str, angles: Float[np.ndarray, "*F N"], in_degrees: bool) -> Ro
     return Rotation.from_euler(order.lower(), angles, in_degrees) if order else Rotation.identity()
 
 
-def _connect(path: Path, bones: list[Bone], section: list[_Line]) -> list[Bone]:
+def _connect(bones: list[Bone], section: list[Line]) -> list[Bone]:
     """Gives the bones their parents, and orders them parents first."""
     by_name = {bone.name: bone for bone in bones}
     if len(by_name) < len(bones):
-        raise ValueError(f"{path}: two bones have one name, or one is named {ROOT}")
+        raise section[0].error(f"two of these bones have one name, or one is named {ROOT}")
     parents: dict[str, str] = {}
-    for number, words in section:
-        if words[0] in ("begin", "end"):
-            continue
-        for name in words:
-            if name not in by_name:
-                raise error_at(path, number, f"there is no bone {name[:40]!r}")
-        parents |= dict.fromkeys(words[1:], words[0])
+    for line in section:
+        parent, *names = line.words
+        if parent not in ("begin", "end"):
+            for name in (parent, *names):
+                if name not in by_name:
+                    raise line.error(f"there is no bone {name[:40]!r}")
+            parents |= dict.fromkeys(names, parent)
     lost = set(by_name) - set(parents) - {ROOT}
     if lost:
-        raise ValueError(f"{path}: bones that hang on nothing: {listed(sorted(lost))}")
+        raise section[-1].error(f"bones that hang on nothing: {listed(sorted(lost))}")
     hierarchy = {name: [parent] for name, parent in parents.items()}
     try:
         order = list(graphlib.TopologicalSorter(hierarchy).static_order())
     except graphlib.CycleError as error:
-        raise ValueError(f"{path}: a bone hangs on itself: {listed(error.args[1])}") from error
+        raise section[0].error(f"a bone hangs on itself: {listed(error.args[1])}") from error
     index = {name: place for place, name in enumerate(order)}
     return [
         dataclasses.replace(by_name[name], parent=index.get(parents.get(name, ""), -1))
@@ -261,25 +222,14 @@ def _connect(path: Path, bones: list[Bone], section: list[_Line]) -> list[Bone]:
     ]
 
 
-def _place(
-    bones: Sequence[Bone], table: Float[np.ndarray, "F C"], in_degrees: bool
-) -> tuple[Float[np.ndarray, "F N 3"], Float[np.ndarray, "F N 3 3"]]:
-    """Forward kinematics: positions and rotations of the bones."""
-    positions = np.empty((len(table), len(bones), 3))
-    rotations = np.empty((len(table), len(bones), 3, 3))
-    column = 0
-    for index, bone in enumerate(bones):
-        values = dict(zip(bone.freedoms, table.T[column:], strict=False))
-        column += len(bone.freedoms)
-        turns = [freedom for freedom in bone.freedoms if freedom in _ROTATIONS]
-        angles = np.stack([values[turn] for turn in turns], axis=-1) if turns else np.zeros(0)
-        motion = _turn("".join(turn[1] for turn in turns), angles, in_degrees)
-        rotation = (bone.axes * motion * bone.axes.inv()).as_matrix()
-        if bone.parent < 0:
-            rotations[:, index] = rotation
-            moved = np.stack([values[name] for name in _TRANSLATIONS], axis=-1)
-            positions[:, index] = bone.vector + moved
-        else:
-            rotations[:, index] = rotations[:, bone.parent] @ rotation
-            positions[:, index] = positions[:, bone.parent] + rotations[:, index] @ bone.vector
-    return positions, rotations
+def _moved(
+    bone: Bone, values: Float[np.ndarray, "F C"], in_degrees: bool
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """What `place` needs of a bone, from the numbers of its degrees of freedom."""
+    turning = [k for k, freedom in enumerate(bone.freedoms) if freedom in _ROTATIONS]
+    motion = _turn("".join(bone.freedoms[k][1] for k in turning), values[:, turning], in_degrees)
+    rotation = (bone.axes * motion * bone.axes.inv()).as_matrix()
+    if bone.parent < 0:
+        moving = [bone.freedoms.index(freedom) for freedom in _TRANSLATIONS]
+        return bone.parent, bone.vector + values[:, moving], rotation
+    return bone.parent, rotation @ bone.vector, rotation

@@ -18,46 +18,34 @@ _BONE_GROUPS: tuple[tuple[str, ...], ...] = (
 _GROUP_OF_JOINT = np.array(
     [0] + [next(g for g, group in enumerate(_BONE_GROUPS) if j in group) for j in H36M_JOINTS[1:]]
 )
-# The bones that add up to a standing body, from the ankle to the top of the head.
-_STATURE_JOINTS = [
-    H36M_JOINTS.index(name) for name in ("LAnkle", "LKnee", "Spine", "Thorax", "Nose", "Head")
-]
+STATURE = ("LAnkle", "LKnee", "Spine", "Thorax", "Nose", "Head")
+"""Lower joints of the bones that add up to a standing body, from the ankle to the head's top."""
+
+_STATURE_JOINTS = list(map(H36M_JOINTS.index, STATURE))
 # What is exchanged, the joint that it hangs on, and the right and left joint that tell where it
-# faces: the upper body, the arms.
-_PARTS = tuple(
-    (slice(first, None), H36M_JOINTS.index(root), H36M_JOINTS.index(right), H36M_JOINTS.index(left))
-    for first, root, right, left in (
-        (7, "Hip", "RHip", "LHip"),
-        (11, "Thorax", "RShoulder", "LShoulder"),
-    )
-)
+# faces: the upper body (hip; hips), the arms (thorax; shoulders).
+_PARTS = ((slice(7, None), 0, 1, 4), (slice(11, None), 8, 14, 11))
 # The ankle stands about 5 % of the stature above the floor.
 _STATURE_FACTOR = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
 class BodyConfig:
-    """Variation of the bodies.
+    """Variation of the bodies. Mirrored and exchanged poses have a chance each.
 
-    Attributes:
-      bone_std: standard deviation of the log of a bone group's length factor. Groups: hip width,
-        thigh, shin, trunk, neck and head, shoulder width, upper arm, forearm.
-      height_mm_min: smallest stature; it is drawn uniformly, whoever was recorded.
-      mirror: chance that a pose is mirrored.
-      exchange: chance that a training pose gets the upper body of another, and again the same
-        chance that it gets the arms of another; see `exchange_parts`.
+    The bone groups are hip width, thigh, shin, trunk, neck and head, shoulder width, upper arm and
+    forearm.
     """
 
-    bone_std: float = 0.06
-    height_mm_min: float = 1500.0
+    bone_std: float = 0.06  # log; of a bone group's length factor
+    height_mm_min: float = 1500.0  # stature, drawn uniformly, whoever was recorded
     height_mm_max: float = 1950.0
     mirror: float = 0.5
-    exchange: float = 0.7
+    exchange: float = 0.7  # of the upper body, and again of the arms; in training, `exchange_parts`
 
     def __post_init__(self) -> None:
-        chance = (0, 1)
-        check_range(self, bone_std=(0, 1), mirror=chance, exchange=chance)
-        check_range(self, height_mm_min=(100, self.height_mm_max), height_mm_max=(100, 10_000))
+        check_range(self, bone_std=(0, 1), mirror=(0, 1), exchange=(0, 1))
+        check_range(self, height_mm_min=(100, self.height_mm_max))
 
 
 def mirror_poses(positions_mm: Float[np.ndarray, "*B 17 3"]) -> Float[np.ndarray, "*B 17 3"]:

@@ -9,6 +9,7 @@ neither on the order nor on the number of the others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import zlib
@@ -26,9 +27,10 @@ from diffpose_jax.data import cameras, prepared, simulator
 from diffpose_jax.data.cameras import CameraConfig
 from diffpose_jax.data.motion import clips
 from diffpose_jax.data.motion.bodies import BodyConfig, exchange_parts, vary_bodies
+from diffpose_jax.data.prepared.builder import StoredHeatmaps
 from diffpose_jax.data.simulator import SimulatorConfig
 from diffpose_jax.detectors import crops
-from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
+from diffpose_jax.skeleton import NUM_HEATMAPS
 
 EMBEDDED = "embedded"
 _SPLITS = ("train", "test")
@@ -39,19 +41,12 @@ _EXAMPLE_BYTES = 3200
 
 @dataclasses.dataclass(frozen=True)
 class CropConfig:
-    """Imperfect crops: those of the published preprocessing are exact (all zero).
+    """Imperfect crops: those of the published preprocessing are exact (all zero)."""
 
-    Attributes:
-      scale_std: standard deviation of the log of the side's factor.
-      shift_std: standard deviation of the shift, a fraction of the side.
-      cut: share of crops that cut off a part of the body.
-      cut_shift: largest shift of such a crop, a fraction of the side.
-    """
-
-    scale_std: float = 0.03
-    shift_std: float = 0.01
-    cut: float = 0.02
-    cut_shift: float = 0.3
+    scale_std: float = 0.03  # log; of the side's factor
+    shift_std: float = 0.01  # fraction of the side
+    cut: float = 0.02  # share of crops that cut off a part of the body
+    cut_shift: float = 0.3  # largest shift of such a crop, fraction of the side
 
     def __post_init__(self) -> None:
         check_range(self, scale_std=(0, 1), shift_std=(0, 1), cut=(0, 1), cut_shift=(0, 1))
@@ -59,24 +54,14 @@ class CropConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MotionConfig:
-    """Everything that the examples depend on: `config.data.builder`.
+    """Everything that the examples depend on: `config.data.builder`."""
 
-    Attributes:
-      source: "embedded", or a folder of the user's motion files (see `clips.read_folder`).
-      fps: frames a second that are enough (see `clips.thin`). 0 keeps all.
-      test_clips: of a folder, a pattern for the names of test clips besides those under `test/`:
-        "03_*" holds out subject 3 of the CMU database. Empty for none.
-      train_views_per_frame: how often each training frame is seen.
-      test_stride: only every n-th frame of a test clip is seen.
-      seed: seed of everything random.
-    """
-
-    source: str = EMBEDDED
-    fps: float = 0.0
-    test_clips: str = ""
-    train_views_per_frame: int = 12
+    source: str = EMBEDDED  # or a folder of motion files, see `clips.read_folder`
+    fps: float = 0.0  # frames a second that are enough, see `clips.thin`; 0 keeps all
+    test_clips: str = ""  # a pattern of test clips in a folder, see `clips.read_folder`
+    train_views_per_frame: int = 12  # how often a frame is seen
     test_views_per_frame: int = 12
-    test_stride: int = 1
+    test_stride: int = 1  # every n-th frame of a test clip is seen
     seed: int = 0
     body: BodyConfig = dataclasses.field(default_factory=BodyConfig)
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
@@ -101,55 +86,34 @@ def default_config() -> ml_collections.ConfigDict:
 def data_set_name(config: MotionConfig) -> str:
     """Names a data set after its content: a hash of all fields and of the motion files' bytes.
 
-    Changed parameters make another data set, and an old one is never read in its place.
-
     Raises:
       FileNotFoundError: if `source` is neither "embedded" nor a folder.
     """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    folder = Path(config.source)
-    if config.source == EMBEDDED:
-        digest.update(clips.embedded_bytes())
-    elif folder.is_dir():
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
-    else:
+    folder = clips.ARCHIVE.parent if config.source == EMBEDDED else Path(config.source)
+    if not folder.is_dir():
         raise FileNotFoundError(
             f"config.data.builder.source is {config.source!r}; it must be {EMBEDDED!r} or a folder"
             " of motion files"
         )
+    every = sorted(path for path in folder.rglob("*") if path.is_file())
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for path in [clips.ARCHIVE] if config.source == EMBEDDED else every:
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
     label = config.source if config.source == EMBEDDED else "folder"
     return f"{label}_{digest.hexdigest()[:12]}"
 
 
-class RenderedHeatmaps(tfds.features.FeatureConnector):
-    """Heatmaps that are stored as the blobs they consist of and rendered when decoded.
+class RenderedHeatmaps(StoredHeatmaps):
+    """Heatmaps that are stored as the blobs they consist of and rendered when decoded."""
 
-    Encoded: the bytes of (16, R, 5) float32 blobs (see `simulator.render`). Decoded: (16, 64, 64)
-    float32. With `tfds.decode.SkipDecoding` the bytes come back.
-    """
-
-    def get_tensor_info(self) -> tfds.features.TensorInfo:  # noqa: D102
-        shape = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
-        return tfds.features.TensorInfo(shape=shape, dtype=np.float32)
-
-    def get_serialized_info(self) -> tfds.features.TensorInfo:  # noqa: D102
-        return tfds.features.TensorInfo(shape=(), dtype=np.object_)
-
-    def encode_example(self, example_data: Float32[np.ndarray, "16 R 5"]) -> bytes:  # noqa: D102
+    def encode_example(self, example_data: Any) -> bytes:
+        """Blobs (16, R, 5) float32, see `simulator.render`, as bytes."""
         return example_data.tobytes()
 
-    def decode_example_np(self, example_data: bytes) -> Float32[np.ndarray, "16 64 64"]:  # noqa: D102
+    def decode_example_np(self, example_data: bytes) -> Float32[np.ndarray, "16 64 64"]:
+        """Renders the blobs of bytes."""
         return np.asarray(simulator.render(decode_blobs(example_data)))
-
-    def to_json_content(self) -> dict[str, Any]:  # noqa: D102
-        return {}
-
-    @classmethod
-    def from_json_content(cls, value: dict[str, Any]) -> RenderedHeatmaps:  # noqa: D102
-        del value
-        return cls()
 
 
 def decode_blobs(data: bytes) -> Float32[np.ndarray, "16 R 5"]:
@@ -168,24 +132,18 @@ class Motion(tfds.core.GeneratorBasedBuilder):
         super().__init__(config=named, data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        def tensor(shape: tuple[int, ...], dtype: type, doc: str) -> tfds.features.Tensor:
-            return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes", doc=doc)
-
-        pose_doc = "Human3.6M order, from the hip, x right, y up, z towards the camera"
-        xy_doc = "true projections in heatmap cells"
-        hidden_doc = "behind another part of the body, MPII order"
+        tensor = functools.partial(tfds.features.Tensor, encoding="bytes")
+        features = {
+            "heatmaps": RenderedHeatmaps(doc="MPII order, row = y, column = x"),
+            "pose_mm": prepared.POSE,
+            "keypoints_xy": tensor(shape=(17, 2), dtype=np.float32, doc="true projections, cells"),
+            "hidden": tensor(shape=(16,), dtype=np.bool_, doc="behind another body part"),
+            "clip": tfds.features.Text(doc="name of the recording"),
+            "frame": tfds.features.Scalar(np.int32, doc="frame of the clip, as thinned"),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "heatmaps": RenderedHeatmaps(doc="MPII order, row = y, column = x"),
-                    "pose_mm": tensor((NUM_JOINTS, 3), np.float32, pose_doc),
-                    "keypoints_xy": tensor((NUM_JOINTS, 2), np.float32, xy_doc),
-                    "hidden": tensor((NUM_HEATMAPS,), np.bool_, hidden_doc),
-                    "clip": tfds.features.Text(doc="name of the recording"),
-                    "frame": tfds.features.Scalar(np.int32, doc="frame of the clip, as thinned"),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             description="Motion capture seen by simulated cameras and a simulated detector.",
         )
 
@@ -211,9 +169,9 @@ class Motion(tfds.core.GeneratorBasedBuilder):
         total = views * sum(len(clip.positions_mm[::stride]) for clip in recordings)
         if total * _EXAMPLE_BYTES > _LARGEST_SPLIT_BYTES:
             raise ValueError(
-                f"The {split} split would have {total} examples; more than "
-                f"{_LARGEST_SPLIT_BYTES // _EXAMPLE_BYTES} cannot be sorted in memory. Use fewer "
-                f"views per frame (now {views}), fewer frames a second (fps) or a larger stride."
+                f"the {split} split would have {total} examples, more than can be sorted in "
+                f"memory ({_LARGEST_SPLIT_BYTES // _EXAMPLE_BYTES}). Use fewer views per frame "
+                f"(now {views}), fewer frames a second (fps) or a larger stride."
             )
         all_positions_mm = np.concatenate([clip.positions_mm for clip in recordings])
         for clip in recordings:
@@ -268,16 +226,13 @@ def _disturb(rng: np.random.Generator, crop: crops.Crop, config: CropConfig) -> 
 
 
 def prepare(fields: Any, data_dir: str | Path | None = None) -> tfds.core.DatasetBuilder:
-    """Opens the data set of a configuration, after writing it if it is not there yet.
+    """Opens the data set of a configuration, after writing it where it is missing.
 
     A second process that prepares the same waits for the first.
 
     Args:
       fields: those of `MotionConfig` that differ from their defaults, a ConfigDict or a mapping.
       data_dir: folder of all data sets; by default where TFDS keeps them.
-
-    Returns:
-      The prepared builder, for `read_all` or `as_data_source`.
 
     Raises:
       ValueError, FileNotFoundError: for wrong fields or an unreadable source.
@@ -293,11 +248,7 @@ def prepare(fields: Any, data_dir: str | Path | None = None) -> tfds.core.Datase
 
 
 def read_all(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.ndarray]:
-    """Reads a whole split into memory without rendering it.
-
-    Args:
-      builder: a prepared builder.
-      split: "train" or "test", or a part of it such as "train[:10%]".
+    """Reads a split, such as "test" or "train[:10%]", of a prepared builder without rendering it.
 
     Returns:
       `blobs` (N, 16, R, 5), `pose_mm` (N, 17, 3), `keypoints_xy` (N, 17, 2) float32, `hidden`
@@ -307,8 +258,10 @@ def read_all(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.ndar
     rows = source.__getitems__(range(len(source)))
     return {
         "blobs": np.stack([decode_blobs(row["heatmaps"]) for row in rows]),
-        **{key: np.stack([row[key] for row in rows]) for key in ("pose_mm", "keypoints_xy")},
-        "hidden": np.stack([row["hidden"] for row in rows]),
+        **{
+            key: np.stack([row[key] for row in rows])
+            for key in ("pose_mm", "keypoints_xy", "hidden")
+        },
         "clip": np.array([row["clip"].decode() for row in rows]),
         "frame": np.array([row["frame"] for row in rows], np.int32),
     }

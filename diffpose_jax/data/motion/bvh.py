@@ -19,13 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 
-from diffpose_jax.data.motion.recording import (
-    Recording,
-    check_size,
-    error_at,
-    parse_floats,
-    read_lines,
-)
+from diffpose_jax.data.motion.recording import Line, Recording, place, read_lines
 
 _ROTATIONS = [f"{axis}ROTATION" for axis in "XYZ"]
 _POSITIONS = [f"{axis}POSITION" for axis in "XYZ"]
@@ -33,143 +27,113 @@ _POSITIONS = [f"{axis}POSITION" for axis in "XYZ"]
 
 @dataclasses.dataclass
 class _Joint:
-    """A joint or an End Site (which has no channels); `parent` is an index, -1 for the root."""
-
     name: str
-    parent: int
-    is_end: bool
+    parent: int  # index, -1 for the root
+    is_end: bool  # an End Site, which has no channels
     offset: np.ndarray | None = None
     channels: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_bvh(path: str | Path) -> Recording:
-    """Reads a BVH file and places its joints.
-
-    Args:
-      path: the file; one skeleton, each joint with 3 rotation channels or 3 rotation and 3
-        position channels in any order.
+    """Reads a BVH file: one skeleton, each joint with 3 rotation and perhaps 3 position channels.
 
     Returns:
       The joints in the order of the file, End Sites among them as the name of their joint and
-      "End", with the axes of that joint. `unit_mm` is None: the format has no unit.
+      "End", with the axes of that joint.
 
     Raises:
       ValueError: the file is no BVH, is cut off or contradicts itself; names the line.
     """
     path = Path(path)
     lines = read_lines(path)
-    joints, motion_line = _read_hierarchy(path, lines)
-    num_channels = sum(len(joint.channels) for joint in joints)
-    frame_time, numbers = _read_motion(path, lines, motion_line, num_channels)
-    check_size(path, len(numbers), len(joints))
-    positions, rotations = _place(joints, numbers)
+    joints, motion = _read_hierarchy(lines)
+    ends = np.cumsum([len(joint.channels) for joint in joints])
+    lines = [line for line in lines if line.number >= motion.number]
+    frame_time, numbers = _read_motion(lines, int(ends[-1]))
+    moved = list(map(_moved, joints, np.split(numbers, ends[:-1], axis=1)))
     names = tuple(joint.name for joint in joints)
-    return Recording(names, positions, rotations, 1 / frame_time, None)
+    return Recording(names, *place(path, len(numbers), moved), fps=1 / frame_time, unit_mm=None)
 
 
-def _tokens(path: Path, lines: list[str]) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(lines, 1):
-        for token in line.replace("{", " { ").replace("}", " } ").split():
-            yield number, token
-    raise error_at(path, len(lines), "the file ends within the HIERARCHY; it is cut off")
+def _tokens(lines: list[Line]) -> Iterator[tuple[Line, str]]:
+    for line in lines:
+        for token in line.text.replace("{", " { ").replace("}", " } ").split():
+            yield line, token
+    raise lines[-1].error("the file ends within the HIERARCHY; it is cut off")
 
 
-def _read_hierarchy(path: Path, lines: list[str]) -> tuple[list[_Joint], int]:
-    """The joints, parents first, and the number of the line that says MOTION."""
-    tokens = _tokens(path, lines)
-    number, token = next(tokens)
+def _read_hierarchy(lines: list[Line]) -> tuple[list[_Joint], Line]:
+    """The joints, parents first, and the line that says MOTION."""
+    tokens = _tokens(lines)
+    line, token = next(tokens)
     if token.upper() != "HIERARCHY":
-        raise error_at(path, number, f"a BVH file starts with HIERARCHY, not with {token[:40]!r}")
+        raise line.error(f"a BVH file starts with HIERARCHY, not with {token[:40]!r}")
     joints: list[_Joint] = []
     names: set[str] = set()
     open_joints: list[int] = []
     while True:
-        number, token = next(tokens)
+        line, token = next(tokens)
         keyword = token.upper()
         inside = joints[open_joints[-1]] if open_joints else None
         if keyword == "MOTION" and joints and inside is None:
-            return joints, number
+            return joints, line
         if (keyword == "ROOT" and not joints) or (keyword in ("JOINT", "END") and inside):
             words = itertools.takewhile(lambda word: word != "{", (word for _, word in tokens))
             name = " ".join(words)
-            if keyword == "END" and inside is not None:
+            if keyword == "END" and inside:
                 name = f"{inside.name}End"
             if not name or name in names:
-                raise error_at(path, number, f"the joint name {name[:60]!r} is empty or taken")
+                raise line.error(f"the joint name {name[:60]!r} is empty or taken")
             names.add(name)
             joints.append(_Joint(name, open_joints[-1] if inside else -1, keyword == "END"))
             open_joints.append(len(joints) - 1)
         elif keyword == "OFFSET" and inside:
-            inside.offset = parse_floats(path, number, [next(tokens)[1] for _ in range(3)], 3)
+            inside.offset = line.floats(3, [next(tokens)[1] for _ in range(3)])
         elif keyword == "CHANNELS" and inside and not inside.is_end:
             count = next(tokens)[1]
             inside.channels = [next(tokens)[1].upper() for _ in range(6 if count == "6" else 3)]
             if set(inside.channels) not in ({*_ROTATIONS}, {*_ROTATIONS, *_POSITIONS}):
-                raise error_at(
-                    path,
-                    number,
+                raise line.error(
                     f"the {count[:40]} channels of joint {inside.name[:60]} must be Xrotation, "
-                    "Yrotation and Zrotation, with or without the three positions, in any order",
+                    "Yrotation and Zrotation, with or without the three positions, in any order"
                 )
         elif keyword == "}" and inside:
             if inside.offset is None or not (inside.channels or inside.is_end):
-                reason = f"joint {inside.name[:60]} ends here without OFFSET or CHANNELS"
-                raise error_at(path, number, reason)
+                raise line.error(f"joint {inside.name[:60]} ends without OFFSET or CHANNELS")
             open_joints.pop()
         else:
-            raise error_at(path, number, f"{token[:40]!r} is out of place in the HIERARCHY")
+            raise line.error(f"{token[:40]!r} is out of place in the HIERARCHY")
 
 
 def _read_motion(
-    path: Path, lines: list[str], motion_line: int, num_channels: int
+    lines: list[Line], num_channels: int
 ) -> tuple[float, Float[np.ndarray, "F {num_channels}"]]:
-    """The frame time in seconds and the numbers of the frames."""
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    rows = [(number, line) for number, line in rows if number > motion_line]
+    """The frame time in seconds and the numbers of the frames, from the lines after MOTION."""
     header: list[float] = []
-    for key in ("Frames", "Frame Time"):
-        number, line = rows[len(header)] if len(header) < len(rows) else (len(lines), "")
-        name, _, value = line.partition(":")
+    for line, key in itertools.zip_longest(lines[1:3], ("Frames", "Frame Time")):
+        name, _, value = line.text.partition(":") if line else ("", "", "")
         if " ".join(name.split()).upper() != key.upper():
-            raise error_at(path, number, f"here must stand '{key}:' and a number")
-        header.append(float(parse_floats(path, number, value.split(), 1)[0]))
+            raise (line or lines[-1]).error(f"here must stand '{key}:' and a number")
+        header.append(float(line.floats(1, value.split())[0]))
         if header[-1] <= 0:
-            raise error_at(path, number, f"{key} must be positive")
+            raise line.error(f"{key} must be positive")
     num_frames, frame_time = header
-    rows = rows[2:]
+    rows = lines[3:]
     if len(rows) != num_frames:
-        raise error_at(
-            path,
-            len(lines),
+        raise lines[-1].error(
             f"{len(rows)} frames instead of the {num_frames:.0f} that 'Frames:' tells; "
-            "the file is cut off or damaged",
+            "the file is cut off or damaged"
         )
-    frames = [parse_floats(path, number, line.split(), num_channels) for number, line in rows]
-    return frame_time, np.stack(frames)
+    return frame_time, np.stack([row.floats(num_channels, row.words) for row in rows])
 
 
-def _place(
-    joints: list[_Joint], numbers: Float[np.ndarray, "F C"]
-) -> tuple[Float[np.ndarray, "F N 3"], Float[np.ndarray, "F N 3 3"]]:
-    """Forward kinematics: positions and rotations of the joints."""
-    positions = np.empty((len(numbers), len(joints), 3))
-    rotations = np.empty((len(numbers), len(joints), 3, 3))
-    column = 0
-    for index, joint in enumerate(joints):
-        values = dict(zip(joint.channels, numbers.T[column:], strict=False))
-        column += len(joint.channels)
-        offset, rotation = np.broadcast_to(np.asarray(joint.offset), (len(numbers), 3)), np.eye(3)
-        if not joint.is_end:
-            axes = [channel for channel in joint.channels if channel in _ROTATIONS]
-            order = "".join(axis[0] for axis in axes)  # upper case: the last acts first
-            angles = np.stack([values[axis] for axis in axes], axis=-1)
-            rotation = Rotation.from_euler(order, angles, degrees=True).as_matrix()
-        if _POSITIONS[0] in values:
-            offset = np.stack([values[axis] for axis in _POSITIONS], axis=-1)
-        if joint.parent < 0:
-            positions[:, index], rotations[:, index] = offset, rotation
-        else:
-            parent = rotations[:, joint.parent]
-            positions[:, index] = positions[:, joint.parent] + (parent @ offset[..., None])[..., 0]
-            rotations[:, index] = parent @ rotation
-    return positions, rotations
+def _moved(joint: _Joint, values: Float[np.ndarray, "F C"]) -> tuple[int, np.ndarray, np.ndarray]:
+    """What `place` needs of a joint, from the numbers of its channels."""
+    offset, rotation = np.asarray(joint.offset), np.eye(3)
+    turning = [k for k, channel in enumerate(joint.channels) if channel in _ROTATIONS]
+    if turning:
+        order = "".join(joint.channels[k][0] for k in turning)  # upper case: the last acts first
+        rotation = Rotation.from_euler(order, values[:, turning], degrees=True).as_matrix()
+    if len(turning) < len(joint.channels):
+        offset = values[:, [joint.channels.index(channel) for channel in _POSITIONS]]
+    return joint.parent, offset, rotation

@@ -10,20 +10,22 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-import io
 from collections.abc import Callable, Iterable
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
 from diffpose_jax.data.motion.asf_amc import read_amc
+from diffpose_jax.data.motion.bodies import STATURE
 from diffpose_jax.data.motion.bvh import read_bvh
 from diffpose_jax.data.motion.recording import Recording
 from diffpose_jax.data.motion.skeletons import MAPPING_FILE, to_h36m
 from diffpose_jax.io import arrays
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, NUM_JOINTS
+
+ARCHIVE = Path(__file__).with_name("mocap.npz")
+"""The clips that come with the package, made by `make.py`."""
 
 _STATURE_MM = (1000.0, 2300.0)
 _LOWEST_FLOOR_MM = -300.0
@@ -37,55 +39,38 @@ _SUFFIXES = (*_READERS, ".npz")
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One recording of one person.
+    """One recording of one person."""
 
-    Attributes:
-      name: unique among the clips it was loaded with.
-      split: "train" or "test"; a clip is never divided between them.
-      fps: frames a second.
-      positions_mm: world axes with z up and the floor near z = 0. The hip has x = y = 0 in every
-        frame.
-    """
-
-    name: str
-    split: str
-    fps: float
+    name: str  # unique among the clips it was loaded with
+    split: str  # "train" or "test"; a clip is never divided between them
+    fps: float  # frames a second
+    # World axes, z up, the floor near z = 0. The hip has x = y = 0 in every frame.
     positions_mm: Float32[np.ndarray, "F 17 3"]
-
-
-def embedded_bytes() -> bytes:
-    """The file `mocap.npz`, made by `make.py`."""
-    return resources.files(__package__).joinpath("mocap.npz").read_bytes()
 
 
 def load_embedded() -> list[Clip]:
     """Loads the clips that come with the package."""
-    with np.load(io.BytesIO(embedded_bytes()), allow_pickle=False) as archive:
+    with np.load(ARCHIVE, allow_pickle=False) as archive:
         content = dict(archive)
     positions_mm = (content["positions"] * content["unit_mm"]).astype(np.float32)
     parts = np.split(positions_mm, np.cumsum(content["lengths"])[:-1])
+    columns = (content["names"], content["splits"], content["fps"], parts)
     return [
         Clip(str(name), str(split), float(fps), part)
-        for name, split, fps, part in zip(
-            content["names"], content["splits"], content["fps"], parts, strict=True
-        )
+        for name, split, fps, part in zip(*columns, strict=True)
     ]
 
 
 def read_clip(path: str | Path, *, root: str | Path | None = None) -> Clip:
-    """Reads one motion file of the user; README.md describes the formats.
+    """Reads one motion file of the user, `.npz`, `.bvh` or `.amc`, see README.md.
 
     Args:
-      path: a `.npz`, `.bvh` or `.amc` file. The horizontal position of the hip may be any.
+      path: the file; the clip is named as it is, without suffix, and in the training split.
       root: the folder up to which, from that of the file, a `skeleton.json` is looked for; by
         default that of the file alone. The nearest holds.
 
-    Returns:
-      The clip, named as the file without its suffix, in the training split.
-
     Raises:
       ValueError: the format is unknown or the content is not a human motion in millimetres.
-      FileNotFoundError: there is no such file.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -116,9 +101,10 @@ def _read_npz(path: Path) -> tuple[np.ndarray, float]:
         raise ValueError(f"{expected}: {error}") from error
     if not isinstance(content, dict) or not {"positions_mm", "fps"} <= set(content):
         raise ValueError(expected)
-    if content["fps"].size != 1 or content["fps"].dtype.kind not in "fiu":
-        raise ValueError(f"{expected}: fps is {content['fps'].shape} {content['fps'].dtype}")
-    return content["positions_mm"], float(content["fps"].item())
+    fps = content["fps"]
+    if fps.size != 1 or fps.dtype.kind not in "fiu":
+        raise ValueError(f"{expected}: fps is {fps.shape} {fps.dtype}")
+    return content["positions_mm"], float(fps.item())
 
 
 def _mapping_file(path: Path, root: Path) -> Path | None:
@@ -132,9 +118,8 @@ def thin(clip: Clip, fps: float) -> Clip:
     """Drops frames of a clip, evenly, as long as `fps` or more are left; 0 keeps all."""
     # 0.2 %: 30.00003 and 29.97 frames a second, as files tell them, are 30.
     stride = max(1, int(clip.fps / fps * 1.002)) if fps else 1
-    return dataclasses.replace(
-        clip, fps=clip.fps / stride, positions_mm=clip.positions_mm[::stride]
-    )
+    positions_mm = clip.positions_mm[::stride]
+    return dataclasses.replace(clip, fps=clip.fps / stride, positions_mm=positions_mm)
 
 
 def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -> list[Clip]:
@@ -146,17 +131,16 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
 
     Args:
       folder: searched with all its sub-folders.
-      fps: frames a second that are enough (see `thin`); 0 keeps all.
+      fps: frames a second that are enough, see `thin`.
       test_clips: a pattern (`fnmatch`, case counts) for names of test clips: "03_*" holds out
         subject 3 of the CMU database.
 
     Returns:
-      The clips in order of their names (paths within the folder without suffix; `test/` is
-      not part of a name).
+      The clips in order of their names: paths within the folder (or `test/`) without suffix.
 
     Raises:
-      ValueError: there is no motion file, a split would be empty, two clips have one name,
-        `test_clips` matches none, or a file cannot be read (see `read_clip`).
+      ValueError: a split would be empty, two clips have one name, `test_clips` matches none, or
+        a file cannot be read.
     """
     folder = Path(folder)
     test_folder = folder / "test"
@@ -190,15 +174,12 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
                 f"{folder} gives no {split} clip: it needs at least two motion files; with a "
                 "sub-folder test/ or a pattern, one at least in it and one at least outside it"
             )
-    return [
-        thin(
-            dataclasses.replace(
-                read_clip(path, root=folder), name=name, split="test" if name in test else "train"
-            ),
-            fps,
-        )
-        for name, path in sorted(named.items())
-    ]
+    named_clips = []
+    for name, path in sorted(named.items()):
+        split = "test" if name in test else "train"
+        clip = dataclasses.replace(read_clip(path, root=folder), name=name, split=split)
+        named_clips.append(thin(clip, fps))
+    return named_clips
 
 
 def _test_names(names: Iterable[str]) -> set[str]:
@@ -213,7 +194,7 @@ def _test_names(names: Iterable[str]) -> set[str]:
 def _check(path: Path, positions_mm: np.ndarray, fps: float) -> None:
     """Raises ValueError if the content of a file cannot be a human motion in this convention."""
     shape = positions_mm.shape
-    if len(shape) != 3 or shape[0] == 0 or shape[1:] != (NUM_JOINTS, 3):
+    if shape[1:] != (NUM_JOINTS, 3) or not shape[0]:
         raise ValueError(
             f"{path}: positions_mm has shape {shape}; give (F, {NUM_JOINTS}, 3) with F > 0 and "
             f"the joints {', '.join(H36M_JOINTS)}"
@@ -225,17 +206,12 @@ def _check(path: Path, positions_mm: np.ndarray, fps: float) -> None:
             "kilometre away; remove or fill these frames"
         )
     if not 0 < fps <= _FASTEST_FPS:
-        raise ValueError(
-            f"{path}: fps is {fps}; give the frames a second, a positive number (at most "
-            f"{_FASTEST_FPS:g})"
-        )
+        raise ValueError(f"{path}: fps is {fps}; it must be positive and at most {_FASTEST_FPS:g}")
     positions_mm = positions_mm.astype(np.float64)
     # The bones from ankle to head add up to about the stature in any pose.
-    stature = sum(
-        np.median(np.linalg.norm(positions_mm[:, joint] - positions_mm[:, parent], axis=-1))
-        for parent, joint in H36M_BONES
-        if H36M_JOINTS[joint] in ("LKnee", "LAnkle", "Spine", "Thorax", "Nose", "Head")
-    )
+    bones = [bone for bone in H36M_BONES if H36M_JOINTS[bone[1]] in STATURE]
+    lengths = [np.linalg.norm(np.diff(positions_mm[:, bone], axis=1), axis=-1) for bone in bones]
+    stature = np.median(lengths, axis=1).sum()
     if not _STATURE_MM[0] < stature < _STATURE_MM[1]:
         raise ValueError(
             f"{path}: the bones from ankle to head add up to {stature:.4g} mm, which is no "

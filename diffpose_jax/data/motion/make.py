@@ -25,20 +25,16 @@ from diffpose_jax.data.motion.clips import Clip
 from diffpose_jax.data.motion.skeletons import to_h36m
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS
 
-TEST_CLIPS = frozenset(
-    {
-        "humanoid3d_dance_b", "humanoid3d_jump", "humanoid3d_punch", "humanoid3d_walk",
-        "walker_turn_right0", "walker_turn_right1",
-    }
-)  # fmt: skip
+TEST_CLIPS = {
+    "humanoid3d_dance_b", "humanoid3d_jump", "humanoid3d_punch", "humanoid3d_walk",
+    "walker_turn_right0", "walker_turn_right1",
+}  # fmt: skip
 """Whole clips whose actions have relatives in training (README.md gives the distances)."""
 
-LEFT_OUT = frozenset(
-    {
-        "humanoid3d_backflip", "humanoid3d_cartwheel", "humanoid3d_crawl",
-        "humanoid3d_getup_facedown", "humanoid3d_getup_faceup", "humanoid3d_roll",
-    }
-)  # fmt: skip
+LEFT_OUT = {
+    "humanoid3d_backflip", "humanoid3d_cartwheel", "humanoid3d_crawl",
+    "humanoid3d_getup_facedown", "humanoid3d_getup_faceup", "humanoid3d_roll",
+}  # fmt: skip
 """Clips on the floor or upside down: one short example of each is too little to learn them."""
 
 UNIT_MM = 0.1
@@ -46,9 +42,8 @@ UNIT_MM = 0.1
 
 BONES_MM = {
     "RHip": 133, "RKnee": 443, "RAnkle": 454, "LHip": 133, "LKnee": 443, "LAnkle": 454,
-    "Spine": 233, "Thorax": 257, "Nose": 121, "Head": 115,
-    "LShoulder": 151, "LElbow": 279, "LWrist": 252,
-    "RShoulder": 151, "RElbow": 279, "RWrist": 252,
+    "Spine": 233, "Thorax": 257, "Nose": 121, "Head": 115, "LShoulder": 151, "LElbow": 279,
+    "LWrist": 252, "RShoulder": 151, "RElbow": 279, "RWrist": 252,
 }  # fmt: skip
 """Length of the bone that ends in each joint: the Human3.6M skeleton, to the millimetre."""
 
@@ -69,7 +64,14 @@ HUMANOID_JOINTS = (
     ("root", "left_hip", 4), ("left_hip", "left_knee", 1), ("left_knee", "left_ankle", 4),
     ("chest", "left_shoulder", 4), ("left_shoulder", "left_elbow", 1),
 )  # fmt: skip
-"""(parent, joint, numbers a frame) in the order of a frame, after duration and root."""
+"""Parent and joint in the order of a frame; a quaternion (w first, 4) or an angle about z (1)."""
+
+HUMANOID_H36M = (
+    "root", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+    "chest", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist",
+    "right_shoulder", "right_elbow", "right_wrist",
+)  # fmt: skip
+"""The joints of Human3.6M, by the humanoid's names."""
 
 BVH_STRIDE = 4
 """Every fourth of 120 frames a second."""
@@ -160,8 +162,7 @@ def humanoid_points(
     """Forward kinematics of the humanoid, with the joints that it lacks filled in.
 
     Args:
-      frames: one frame a row: duration, root position, root quaternion (w first, any length),
-        then `HUMANOID_JOINTS`: quaternions, or the angle about z of a knee or an elbow.
+      frames: duration, root position, root quaternion (w first, any length), `HUMANOID_JOINTS`.
       offsets: joint name to its position in the parent's frame; x forward, y up, z right.
 
     Returns:
@@ -185,24 +186,13 @@ def humanoid_points(
         column += size
     # The neck joint lies below the line of the shoulders, Human3.6M's thorax above it; the
     # shoulders then slope down from it as they do there and in the CMU skeleton.
-    thorax = place("chest", offsets["neck"] + np.array([0.0, 0.14, 0.0]))
-    lift = thorax - points["neck"]
-    points_h36m = [
-        points["root"],
-        *(points[f"right_{joint}"] for joint in ("hip", "knee", "ankle")),
-        *(points[f"left_{joint}"] for joint in ("hip", "knee", "ankle")),
-        points["chest"],
-        thorax,
-        lift + place("neck", np.array([0.18, 0.40, 0.0])),  # nose, 45 mm in front
-        lift + place("neck", np.array([0.10, 0.86, 0.0])),  # top of the head
-        points["left_shoulder"],
-        points["left_elbow"],
-        place("left_elbow", offsets["left_wrist"]),
-        points["right_shoulder"],
-        points["right_elbow"],
-        place("right_elbow", offsets["right_wrist"]),
-    ]
-    x, y, z = np.moveaxis(np.stack(points_h36m, axis=1), -1, 0)
+    points["thorax"] = place("chest", offsets["neck"] + np.array([0.0, 0.14, 0.0]))
+    lift = points["thorax"] - points["neck"]
+    points["nose"] = lift + place("neck", np.array([0.18, 0.40, 0.0]))  # 45 mm in front
+    points["head"] = lift + place("neck", np.array([0.10, 0.86, 0.0]))  # its top
+    for wrist, elbow in (("left_wrist", "left_elbow"), ("right_wrist", "right_elbow")):
+        points[wrist] = place(elbow, offsets[wrist])
+    x, y, z = np.moveaxis(np.stack([points[name] for name in HUMANOID_H36M], axis=1), -1, 0)
     return np.stack([x, -z, y], axis=-1)
 
 

@@ -15,57 +15,65 @@ _MOST_POSITIONS = 10_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """The joints of one skeleton over time, as a file gives them.
-
-    Attributes:
-      joints: N names.
-      positions: world axes and unit of the file.
-      rotations: the columns are the axes that move with the joint.
-      fps: frames a second; None if the file does not tell.
-      unit_mm: length of the file's unit; None if the file does not tell.
-    """
+    """The joints of one skeleton over time, as a file gives them, in its axes and unit."""
 
     joints: tuple[str, ...]
     positions: Float[np.ndarray, "F N 3"]
-    rotations: Float[np.ndarray, "F N 3 3"]
-    fps: float | None
-    unit_mm: float | None
+    rotations: Float[np.ndarray, "F N 3 3"]  # the columns are the axes that move with the joint
+    fps: float | None  # frames a second, if the file tells
+    unit_mm: float | None  # length of the file's unit, if the file tells
 
 
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file; bytes that are no UTF-8 (old comments) become replacement characters.
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a text file; its number is counted from one."""
+
+    path: Path
+    number: int
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        """What white space separates."""
+        return self.text.split()
+
+    def error(self, reason: str) -> ValueError:
+        """Makes an error that names file and line."""
+        return ValueError(f"{self.path}, line {self.number}: {reason}")
+
+    def floats(
+        self, count: int, words: Sequence[str] | None = None
+    ) -> Float[np.ndarray, " {count}"]:
+        """The numbers of the line: the words after the first one, if none are given.
+
+        Raises:
+          ValueError: there are more or fewer, or one is no finite number of a sensible size.
+        """
+        words = self.words[1:] if words is None else words
+        if len(words) != count:
+            raise self.error(f"{len(words)} numbers where there must be {count}")
+        try:
+            numbers = np.array(list(map(float, words)))
+        except ValueError as error:
+            raise self.error(str(error)[:80]) from error
+        if not np.abs(numbers).sum() < _LARGEST:  # nan is refused, too
+            raise self.error("a number is not finite or is far too large")
+        return numbers
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Reads the lines of a text file that are not blank.
+
+    Bytes that are no UTF-8 (old comments) become replacement characters.
 
     Raises:
-      ValueError: it is not a text file.
+      ValueError: it is not a text file, or is empty.
     """
     data = path.read_bytes()
-    if b"\0" in data:
+    if b"\0" in data or not data.strip():
         raise ValueError(f"{path} is not a text file")
-    return data.decode("utf-8-sig", errors="replace").splitlines()
-
-
-def error_at(path: Path, line: int, reason: str) -> ValueError:
-    """Makes the error for a line, counted from one, of a file."""
-    return ValueError(f"{path}, line {line}: {reason}")
-
-
-def parse_floats(
-    path: Path, line: int, words: Sequence[str], count: int
-) -> Float[np.ndarray, " {count}"]:
-    """Reads the numbers of a line.
-
-    Raises:
-      ValueError: there are more or fewer, or one is no finite number of a sensible size.
-    """
-    if len(words) != count:
-        raise error_at(path, line, f"{len(words)} numbers where there must be {count}")
-    try:
-        numbers = np.array(list(map(float, words)))
-    except ValueError as error:
-        raise error_at(path, line, str(error)[:80]) from error
-    if not np.abs(numbers).sum() < _LARGEST:  # nan is refused, too
-        raise error_at(path, line, "a number is not finite or is far too large")
-    return numbers
+    lines = data.decode("utf-8-sig", errors="replace").splitlines()
+    return [Line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def listed(names: Iterable[str]) -> str:
@@ -74,10 +82,29 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:100]) + (", .." if len(names) > 100 else "")
 
 
-def check_size(path: Path, num_frames: int, num_joints: int) -> None:
-    """Raises ValueError if a recording has more positions than fit into memory."""
-    if num_frames * num_joints > _MOST_POSITIONS:
+def place(
+    path: Path, num_frames: int, joints: Sequence[tuple[int, np.ndarray, np.ndarray]]
+) -> tuple[Float[np.ndarray, "F N 3"], Float[np.ndarray, "F N 3 3"]]:
+    """Forward kinematics: positions and rotations of the joints.
+
+    Args:
+      path: the file, for messages.
+      num_frames: F.
+      joints: parent (index of an earlier joint; -1 for the world), offset (F, 3) or (3,) from it
+        and rotation (F, 3, 3) or (3, 3), both in the axes that move with the parent.
+
+    Raises:
+      ValueError: there are more joints and frames than fit into memory.
+    """
+    if num_frames * len(joints) > _MOST_POSITIONS:
         raise ValueError(
-            f"{path}: {num_frames} frames of {num_joints} joints are too many to place at once "
-            f"(at most {_MOST_POSITIONS} positions); split the file"
+            f"{path}: {num_frames} frames of {len(joints)} joints are more than "
+            f"{_MOST_POSITIONS} positions; split the file"
         )
+    positions = np.zeros((num_frames, len(joints) + 1, 3))  # the last one is the world
+    rotations = np.broadcast_to(np.eye(3), (num_frames, len(joints) + 1, 3, 3)).copy()
+    for index, (parent, offset, rotation) in enumerate(joints):
+        moved = (rotations[:, parent] @ offset[..., None])[..., 0]
+        positions[:, index] = positions[:, parent] + moved
+        rotations[:, index] = rotations[:, parent] @ rotation
+    return positions[:, :-1], rotations[:, :-1]

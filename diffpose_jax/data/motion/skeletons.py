@@ -33,46 +33,30 @@ MAPPING_FILE = "skeleton.json"
 _CMU_UNIT_MM = 25.4 / 0.45
 # Cyclic permutations of the axes, so that no body is mirrored; z up stays as it is.
 _AXES_Z_UP = {"x": [1, 2, 0], "y": [2, 0, 1], "z": [0, 1, 2]}
+_LIMBS = ("Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist")
 
 
 @dataclasses.dataclass(frozen=True)
 class Landmark:
-    """Where one of the 17 joints lies.
+    """Where one of the 17 joints lies."""
 
-    Attributes:
-      weights: joints of the file and their weights, which add up to one; some may be negative.
-      offset_mm: added to that, along the axes that move with the joint `axes`.
-      axes: a joint of the file; empty without an offset.
-    """
-
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # of joints of the file, one in sum; some may be negative
     offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    axes: str = ""
+    axes: str = ""  # the joint of the file with whose axes the offset moves; empty without offset
 
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-    """How to read the motion of one kind of skeleton.
-
-    Attributes:
-      name: for messages.
-      landmarks: Human3.6M joint to where it lies; all 17.
-      up: "x", "y" or "z": the axis of the file that points up.
-      unit_mm: length of the file's unit, where the file does not tell.
-      fps: frames a second, where the file does not tell.
-      skip_frames: so many frames at the start are no motion (a rest pose).
-      stride: only every n-th frame is used.
-      marks: further joints that a file of this kind has.
-    """
+    """How to read the motion of one kind of skeleton."""
 
     name: str
-    landmarks: Mapping[str, Landmark]
-    up: str = "y"
-    unit_mm: float | None = None
-    fps: float | None = None
-    skip_frames: int = 0
-    stride: int = 1
-    marks: frozenset[str] = frozenset()
+    landmarks: Mapping[str, Landmark]  # of all 17 joints of Human3.6M
+    up: str = "y"  # the axis of the file that points up
+    unit_mm: float | None = None  # length of the file's unit, where the file does not tell
+    fps: float | None = None  # frames a second, where the file does not tell
+    skip_frames: int = 0  # at the start, which are no motion (a rest pose)
+    stride: int = 1  # only every n-th frame is used
+    marks: frozenset[str] = frozenset()  # further joints that a file of this kind has
 
     @property
     def joints(self) -> set[str]:
@@ -89,14 +73,13 @@ def _one(
 
 def _limbs(names: str, left: str, right: str) -> dict[str, Landmark]:
     """Hip and limbs from the names of hip to ankle and shoulder to wrist, with {s} for the side."""
-    parts = ("Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist")
     landmarks = {
         f"{letter}{part}": _one(name)
         for letter, side in (("L", left), ("R", right))
-        for part, name in zip(parts, names.format(s=side).split(), strict=True)
+        for part, name in zip(_LIMBS, names.format(s=side).split(), strict=True)
     }
-    hips = landmarks["LHip"].weights.keys() | landmarks["RHip"].weights.keys()
-    return {"Hip": Landmark(dict.fromkeys(sorted(hips), 0.5)), **landmarks}
+    hips = [*landmarks["LHip"].weights, *landmarks["RHip"].weights]
+    return {"Hip": Landmark(dict.fromkeys(hips, 0.5)), **landmarks}
 
 
 CMU_ASF = Skeleton(
@@ -178,17 +161,11 @@ class _MappingFile:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = {
-            "unit_mm": (1e-6, 1e6),
-            "fps": (1e-6, 1e6),
-            "skip_frames": (0, 1e6),
-            "stride": (1, 1e6),
-        }
-        check_range(self, **{k: v for k, v in ranges.items() if getattr(self, k) is not None})
-        if self.up is not None:
+        least = {"unit_mm": 1e-6, "fps": 1e-6, "skip_frames": 0, "stride": 1}
+        given = [field for field in least if getattr(self, field) is not None]
+        check_range(self, **{field: (least[field], 1e6) for field in given})
+        if self.up is not None or self.joints is not None:
             check_choice(self, up=tuple(_AXES_Z_UP))
-        elif self.joints is not None:
-            raise ValueError("up is missing: which axis of the joints is up?")
 
 
 def to_h36m(
@@ -196,50 +173,38 @@ def to_h36m(
 ) -> tuple[Float[np.ndarray, "F 17 3"], float]:
     """Human3.6M's joints of a recording (millimetres, z up), and the frames a second.
 
-    Args:
-      path: the file that the recording comes from, for messages.
-      recording: of a known skeleton, or of the one that `mapping` describes.
-      mapping: a `skeleton.json`, or None.
+    `path` is the file that it comes from, for messages, `mapping` a `skeleton.json`.
 
     Raises:
       ValueError: the skeleton is unknown, the mapping is wrong or does not fit the file, or
-        unit or frame rate are told by neither.
+        neither tells the unit or the frame rate.
     """
     names = set(recording.joints)
     skeleton = next((known for known in KNOWN if known.joints <= names), None)
     if mapping is not None:
         skeleton, recording = _apply_mapping(mapping, skeleton, recording)
+    has = f"The file has: {listed(recording.joints)}"
     if skeleton is None:
         raise ValueError(
             f"{path}: the joints are those of no known skeleton "
             f"({', '.join(known.name for known in KNOWN)}); put a {MAPPING_FILE} into the folder "
-            f"that says where the 17 joints lie. The file has: {listed(recording.joints)}"
+            f"that says where the 17 joints lie. {has}"
         )
     if missing := sorted(skeleton.joints - names):
-        raise ValueError(
-            f"{path}: {skeleton.name} needs the joints {listed(missing)}, which the file does not "
-            f"have. The file has: {listed(recording.joints)}"
-        )
+        raise ValueError(f"{path}: {skeleton.name} needs the joints {listed(missing)}. {has}")
     unit_mm, fps = recording.unit_mm or skeleton.unit_mm, recording.fps or skeleton.fps
     if unit_mm is None or fps is None:
         field = "unit_mm" if unit_mm is None else "fps"
         raise ValueError(f"{path} does not tell its {field}; give it in a {MAPPING_FILE}")
+    landmarks = [skeleton.landmarks[name] for name in H36M_JOINTS]
+    weights = [[mark.weights.get(joint, 0.0) for joint in recording.joints] for mark in landmarks]
     frames = slice(skeleton.skip_frames, None, skeleton.stride)
-    index = {name: column for column, name in enumerate(recording.joints)}
-    points = []
-    for name in H36M_JOINTS:
-        landmark = skeleton.landmarks[name]
-        weighted = (
-            weight * unit_mm * recording.positions[frames, index[joint]]
-            for joint, weight in landmark.weights.items()
-        )
-        point = sum(weighted, np.zeros(3))
-        if landmark.axes:
-            rotation = recording.rotations[frames, index[landmark.axes]]
-            point = point + rotation @ np.array(landmark.offset_mm)
-        points.append(point)
-    positions_mm = np.stack(points, axis=1)[..., _AXES_Z_UP[skeleton.up]]
-    return positions_mm, fps / skeleton.stride
+    positions_mm = unit_mm * (np.array(weights) @ recording.positions[frames])
+    for index, mark in enumerate(landmarks):
+        if mark.axes:
+            rotations = recording.rotations[frames, recording.joints.index(mark.axes)]
+            positions_mm[:, index] += rotations @ np.array(mark.offset_mm)
+    return positions_mm[..., _AXES_Z_UP[skeleton.up]], fps / skeleton.stride
 
 
 def _apply_mapping(
@@ -250,20 +215,17 @@ def _apply_mapping(
     given = {name: value for name, value in vars(fields).items() if value is not None}
     if "joints" in given:
         skeleton = Skeleton(str(path), _landmarks(path, given.pop("joints")))
-    of_recording: dict[str, Any] = {
-        name: float(given.pop(name)) for name in ("unit_mm", "fps") if name in given
-    }
-    recording = dataclasses.replace(recording, **of_recording)
+    for name in {"unit_mm", "fps"} & set(given):
+        changes: dict[str, Any] = {name: float(given.pop(name))}
+        recording = dataclasses.replace(recording, **changes)
     return skeleton and dataclasses.replace(skeleton, **given), recording
 
 
 def _landmarks(path: Path, joints: Mapping[str, Any]) -> dict[str, Landmark]:
-    missing = [name for name in H36M_JOINTS if name not in joints]
-    unknown = sorted(set(joints) - set(H36M_JOINTS))
-    if missing or unknown:
+    if wrong := set(joints) ^ set(H36M_JOINTS):
         raise ValueError(
-            f"{path}: joints lacks: {', '.join(missing) or 'none'}; unknown: "
-            f"{listed(unknown) or 'none'}; it must have each of {', '.join(H36M_JOINTS)}"
+            f"{path}: joints must have each of {', '.join(H36M_JOINTS)} and no other; missing or "
+            f"unknown: {listed(sorted(wrong))}"
         )
     return {name: _landmark(path, name, source) for name, source in joints.items()}
 
@@ -278,10 +240,8 @@ def _landmark(path: Path, name: str, source: Any) -> Landmark:
             if all(map(_is_number, (x, y, z))) and isinstance(axes, str) and axes and not rest:
                 return _one(joint, (float(x), float(y), float(z)), axes)
         case dict() if all(map(_is_number, source.values())):
-            if abs(sum(source.values()) - 1) > 1e-6:
-                raise ValueError(
-                    f"{path}: the weights of {name} add up to {sum(source.values()):g}, not 1"
-                )
+            if abs(total := sum(source.values()) - 1) > 1e-6:
+                raise ValueError(f"{path}: the weights of {name} add up to {total + 1:g}, not 1")
             return Landmark({joint: float(weight) for joint, weight in source.items()})
     raise ValueError(
         f'{path}: {name} is {json.dumps(source)[:200]}; give "joint", or {{"joint a": 0.5, '
