@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     data = config.data = ml_collections.ConfigDict()
     data.name = "human36m"
     # Which of the prepared data sets, by the fields that `experiments.prepare` made it with.
-    data.prepared = ml_collections.ConfigDict({"division": "standard", "input_px": 256})
+    data.prepared = ml_collections.ConfigDict({"split": "standard", "input_px": 256})
     # The test frames that count: "every_64th_frame" of each video, "every_16th_row" of the table
     # of every fourth frame (program), or "all".
     data.test_frames = "every_64th_frame"

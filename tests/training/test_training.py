@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import examples, network, small_config
+from small import examples, network, parsed, small_config
 
 from diffpose_jax.data import pipeline
 from diffpose_jax.method.heatmaps import Candidates
-from diffpose_jax.training import step as training
+from diffpose_jax.training import loop
+from diffpose_jax.training.loop import NonFiniteLossError
+from diffpose_jax.training.step import Batch, StepScalars, Trainer, train_step
 
 KEY = jax.random.key(1)
 STEPS, BATCH_SIZE = 3, 16
@@ -20,12 +22,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def make_trainer(model_changes=(), **changes):
     config = small_config(**changes)
     config.model.update(dict(model_changes))
-    return training.from_config(network(config), config.training)
+    return Trainer(network(config), parsed(config).training)
 
 
 def heatmap_batch(seed, number):
     data = examples(seed, number)
-    return training.Batch(evidence=data.heatmaps(np.arange(number)), pose_mm=data.pose_mm)
+    return Batch(inputs=data.heatmaps(np.arange(number)), pose_mm=data.pose_mm)
 
 
 def candidate_batch(seed, number):
@@ -35,14 +37,14 @@ def candidate_batch(seed, number):
         likelihood=rng.uniform(0.2, 1.0, (number, 4, 16)).astype(np.float16),
     )
     pose_mm = rng.normal(size=(number, 17, 3)).astype(np.float32) * 300
-    return training.Batch(evidence=candidates, pose_mm=pose_mm)
+    return Batch(inputs=candidates, pose_mm=pose_mm)
 
 
 def jitted(trainer):
     """(state, key, batch) -> (state, loss), without pmap."""
 
     def step(*arguments):
-        state, scalars = training.train_step(trainer, *arguments)
+        state, scalars = train_step(trainer, *arguments)
         return state, scalars.loss
 
     return jax.jit(step)
@@ -84,7 +86,7 @@ def run(trainer, batches, devices):
     """[(state on the host, losses, shards of the state)] after each dispatch, and the error."""
     seen = []
     try:
-        for state, scalars in training.run(
+        for state, scalars in loop.run(
             trainer, trainer.init(jax.random.key(0)), KEY, batches, devices
         ):
             shards = {
@@ -92,7 +94,7 @@ def run(trainer, batches, devices):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state)
             }
             seen.append((leaves(state), scalars.loss, shards))
-    except training.NonFiniteLossError as error:
+    except NonFiniteLossError as error:
         return seen, error
     return seen, None
 
@@ -298,7 +300,7 @@ def test_an_overflow_on_one_device_is_one_on_all(half, half_states):
     batch.pose_mm[0, 5] *= 100
     state = with_scale(jax.tree.map(jnp.copy, half_states[0]), 128.0)  # it is donated
     start = leaves(state.params)
-    ((state, scalars),) = training.run(trainer, state, KEY, [batch])
+    ((state, scalars),) = loop.run(trainer, state, KEY, [batch])
     losses = scalars.loss
     # Of the step that was left out the gradient is not known.
     assert scalars.grad_norm[0] == 0 < scalars.grad_norm[1] < np.inf
@@ -340,15 +342,17 @@ def test_losses_average_independent_draws():
 def test_heatmaps_and_predrawn_candidates_do_the_same(trainer, step):
     """With one positive cell a map, there is only one candidate to draw."""
     given = candidate_batch(6, BATCH_SIZE)
-    only = jax.tree.map(lambda x: x[:, :1], given.evidence)
+    only = jax.tree.map(lambda x: x[:, :1], given.inputs)
     maps = np.zeros((BATCH_SIZE, 16, 64 * 64), np.float32)
     np.put_along_axis(
         maps, only.cells[:, 0, :, None].astype(int), only.likelihood[:, 0, :, None], axis=2
     )
-    same = jax.tree.map(lambda x: np.repeat(x, trainer.network.num_candidates, axis=1), only)
+    same = jax.tree.map(
+        lambda x: np.repeat(x, trainer.network.sampler.num_candidates, axis=1), only
+    )
     state = trainer.init(jax.random.key(0))
-    _, drawn = step(state, KEY, given.replace(evidence=maps.reshape(-1, 16, 64, 64)))
-    _, predrawn = step(state, KEY, given.replace(evidence=same))
+    _, drawn = step(state, KEY, given.replace(inputs=maps.reshape(-1, 16, 64, 64)))
+    _, predrawn = step(state, KEY, given.replace(inputs=same))
     assert np.isfinite(drawn)
     np.testing.assert_allclose(drawn, predrawn, rtol=1e-5)
 
@@ -381,23 +385,21 @@ def test_optimizer_is_adam_at_that_rate(warmup_steps, first_move):
 def test_the_norm_of_the_gradient(trainer, batches):
     """Adam's first moment after one step is a tenth of the gradient."""
     first = jax.tree.map(lambda x: x[:1], batches[0])
-    ((state, scalars),) = training.run(trainer, trainer.init(jax.random.key(0)), KEY, [first])
+    ((state, scalars),) = loop.run(trainer, trainer.init(jax.random.key(0)), KEY, [first])
     gradient = [10 * np.float64(leaf) for leaf in jax.tree.leaves(state.opt_state[0].mu)]
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in gradient))
     np.testing.assert_allclose(scalars.grad_norm, [norm], rtol=1e-5)
 
 
 def test_the_first_step_that_is_not_finite_is_named():
-    fine = training.StepScalars(loss=jnp.array([1.0, 2.0]), grad_norm=jnp.array([3.0, 4.0]))
-    assert training.check_finite(40, fine).grad_norm.tolist() == [3.0, 4.0]
-    bad = training.StepScalars(
-        loss=np.array([1.0, 1.0, np.nan]), grad_norm=np.array([3.0, np.inf, np.nan])
-    )
-    with pytest.raises(training.NonFiniteLossError, match="gradient of step 42 is inf") as error:
-        training.check_finite(40, bad)
+    fine = StepScalars(loss=jnp.array([1.0, 2.0]), grad_norm=jnp.array([3.0, 4.0]))
+    assert loop.check_finite(40, fine).grad_norm.tolist() == [3.0, 4.0]
+    bad = StepScalars(loss=np.array([1.0, 1.0, np.nan]), grad_norm=np.array([3.0, np.inf, np.nan]))
+    with pytest.raises(NonFiniteLossError, match="gradient of step 42 is inf") as error:
+        loop.check_finite(40, bad)
     assert (error.value.step, error.value.what) == (42, "gradient")
-    with pytest.raises(training.NonFiniteLossError, match="loss of step 43 is nan"):
-        training.check_finite(42, jax.tree.map(lambda x: x[2:], bad))
+    with pytest.raises(NonFiniteLossError, match="loss of step 43 is nan"):
+        loop.check_finite(42, jax.tree.map(lambda x: x[2:], bad))
 
 
 def test_batch_that_the_devices_do_not_divide():
@@ -408,52 +410,15 @@ def test_batch_that_the_devices_do_not_divide():
 
 
 def test_shard_gives_each_device_its_images():
-    batch = training.Batch(
-        evidence=np.zeros((3, 8, 16, 64, 64), np.float32),
+    batch = Batch(
+        inputs=np.zeros((3, 8, 16, 64, 64), np.float32),
         pose_mm=np.arange(3 * 8).reshape(3, 8, 1, 1) * np.ones((17, 3)),
     )
-    sharded = training.shard(batch, 4)
-    assert sharded.evidence.shape == (4, 3, 2, 16, 64, 64)
+    sharded = loop.shard(batch, 4)
+    assert sharded.inputs.shape == (4, 3, 2, 16, 64, 64)
     for step in range(3):
         for image in range(8):
             assert (sharded.pose_mm[image // 2, step, image % 2] == 8 * step + image).all()
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("num_steps", 0),
-        ("num_steps", 22),
-        ("batch_size", 0),
-        ("draws_per_image", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", -1e-3),
-        ("warmup_steps", 20),
-        ("warmup_steps", -1),
-        ("decay", "linear"),
-        ("ema_decay", 1.0),
-        ("ema_decay", -0.1),
-        ("ema_every", 0),
-        ("steps_per_dispatch", 0),
-        ("checkpoint_every", 7),
-        ("checkpoint_every", 0),
-        ("keep_checkpoints", 0),
-    ],
-)
-def test_bad_fields(field, value):
-    with pytest.raises(ValueError, match=rf"config\.training\.{field}\b") as error:
-        make_trainer(**{field: value})
-    assert str(value) in str(error.value)
-
-
-def test_unknown_and_missing_fields():
-    config = small_config()
-    del config.training.decay
-    config.training.decoy = "constant"
-    with pytest.raises(
-        ValueError, match=r"config\.training: unknown field decoy, missing field decay; .*num_steps"
-    ):
-        training.from_config(network(config), config.training)
 
 
 def test_a_dispatch_of_one_step_is_that_step(trainer, step, batches):
@@ -470,20 +435,21 @@ def test_the_fast_way_has_the_losses_of_the_plain_one():
     """Over 100 steps: 25 a call on eight devices that hold the data, or singly from the host."""
     trainer = make_trainer(num_steps=100, steps_per_dispatch=25, checkpoint_every=100)
     few = examples(21, 64)
-    data = pipeline.TrainingData(few, pipeline.HeatmapsInMemory.read(few), seed=22)
+    arrays = pipeline.TrainingArrays(few.pose_mm, np.float16(few.heatmaps(np.arange(64))))
+    data = pipeline.TrainingData(few, arrays, seed=22)
     start = trainer.init(jax.random.key(0))
-    fast = training.run(
+    fast = loop.run(
         trainer,
         start,
         KEY,
-        data.dispatches(0, 100, 25, BATCH_SIZE, images=slice(0, BATCH_SIZE), held=True),
-        held=data.held(),
+        data.dispatches(0, 100, 25, BATCH_SIZE, selections=True),
+        data=arrays,
     )
     fast = np.concatenate([scalars.loss for _, scalars in fast])
     state, plain = trainer.init(jax.random.key(0)), []
     step = jitted(trainer)
     for i in range(100):
-        batch = jax.tree.map(lambda x: x[0], data.batch(i, 1, BATCH_SIZE))
+        batch = jax.tree.map(lambda x: x[0], data.batch(data.select(i, 1, BATCH_SIZE)))
         state, loss = step(state, KEY, batch)
         plain.append(loss)
     np.testing.assert_allclose(fast, plain, rtol=1e-4)
