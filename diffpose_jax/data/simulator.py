@@ -50,14 +50,19 @@ _BASE_ERROR = np.array(
 _ARMS = np.array([name[1:] in ("Wrist", "Elbow", "Shoulder") for name in MPII_JOINTS])
 _LEGS = np.array([name[1:] in ("Ankle", "Knee", "Hip") for name in MPII_JOINTS])
 
+# Two neighbours along the skeleton; a joint at an end has one, twice.
+_ADJACENT = [
+    [other for bone in MPII_BONES if joint in bone for other in bone if other != joint]
+    for joint in range(NUM_HEATMAPS)
+]
+_NEIGHBOURS = np.array([[joints[0], joints[-1]] for joints in _ADJACENT])
+
 # Parts of the body that can hide a joint: two MPII joints and a radius in mm.
 _BODY_PARTS: tuple[tuple[str, str, float], ...] = (
     ("Pelvis", "Thorax", 120.0), ("RHip", "LHip", 90.0), ("RShoulder", "LShoulder", 70.0),
-    ("Thorax", "Head", 85.0),
-    ("RShoulder", "RElbow", 45.0), ("RElbow", "RWrist", 38.0),
-    ("LShoulder", "LElbow", 45.0), ("LElbow", "LWrist", 38.0),
-    ("RHip", "RKnee", 70.0), ("RKnee", "RAnkle", 50.0),
-    ("LHip", "LKnee", 70.0), ("LKnee", "LAnkle", 50.0),
+    ("Thorax", "Head", 85.0), ("RShoulder", "RElbow", 45.0), ("RElbow", "RWrist", 38.0),
+    ("LShoulder", "LElbow", 45.0), ("LElbow", "LWrist", 38.0), ("RHip", "RKnee", 70.0),
+    ("RKnee", "RAnkle", 50.0), ("LHip", "LKnee", 70.0), ("LKnee", "LAnkle", 50.0),
 )  # fmt: skip
 
 
@@ -150,23 +155,12 @@ def hidden_joints(
 
 def seen_from_behind(joints_mm: Float[np.ndarray, "B 16 3"]) -> Float[np.ndarray, " B"]:
     """How far people are turned away: 0 faces the camera, 0.5 in profile, 1 from behind."""
-    rhip, lhip = MPII_JOINTS.index("RHip"), MPII_JOINTS.index("LHip")
-    pelvis, thorax = MPII_JOINTS.index("Pelvis"), MPII_JOINTS.index("Thorax")
-    to_left = joints_mm[:, lhip] - joints_mm[:, rhip]
-    up = joints_mm[:, thorax] - joints_mm[:, pelvis]
-    forward = np.cross(to_left, up)
-    to_camera = -joints_mm[:, pelvis]
+    names = ("RHip", "LHip", "Pelvis", "Thorax")
+    rhip, lhip, pelvis, thorax = (joints_mm[:, MPII_JOINTS.index(name)] for name in names)
+    forward = np.cross(lhip - rhip, thorax - pelvis)
+    to_camera = -pelvis
     norms = np.linalg.norm(forward, axis=-1) * np.linalg.norm(to_camera, axis=-1)
     return 0.5 - 0.5 * (forward * to_camera).sum(-1) / (norms + 1e-9)
-
-
-def _neighbours() -> np.ndarray:
-    """(16, 2): two neighbours along the skeleton; joints at an end have one, twice."""
-    adjacent: list[list[int]] = [[] for _ in range(NUM_HEATMAPS)]
-    for i, j in MPII_BONES:
-        adjacent[i].append(j)
-        adjacent[j].append(i)
-    return np.array([[joints[0], joints[-1]] for joints in adjacent])
 
 
 def simulate(
@@ -175,16 +169,8 @@ def simulate(
     keypoints_xy: Float[np.ndarray, "B 17 2"],
     config: SimulatorConfig,
 ) -> Detections:
-    """Simulates a detector on a batch of people.
-
-    Args:
-      rng: the same state gives the same detections.
-      points_camera_mm: Human3.6M's joints in camera coordinates (z forward).
-      keypoints_xy: where they are in heatmap cells.
-      config: the detector.
-    """
-    joints_mm = points_camera_mm[:, MPII_TO_H36M]
-    truth = keypoints_xy[:, MPII_TO_H36M]
+    """Simulates a detector on people, from their joints in camera coordinates and heatmap cells."""
+    joints_mm, truth = points_camera_mm[:, MPII_TO_H36M], keypoints_xy[:, MPII_TO_H36M]
     shape = B, J = truth.shape[:2]
     hidden = hidden_joints(joints_mm, config.occlusion_margin_mm)
     behind = seen_from_behind(joints_mm)
@@ -202,8 +188,7 @@ def simulate(
     centre = truth + scale[..., None] * rng.standard_t(config.error_tail, (B, J, 2))
     sigma = config.sigma * np.exp(rng.normal(0.0, config.sigma_std, (B, J, 2)))
     # A mode may be wider along one axis than along the other.
-    stretch = rng.uniform(0.5, 1.0, (B, J, 2))
-    sigma = sigma * (1.0 + widening[..., None] * stretch)
+    sigma = sigma * (1.0 + widening[..., None] * rng.uniform(0.5, 1.0, (B, J, 2)))
     height = config.amplitude + config.amplitude_std * rng.standard_normal(shape)
     height = np.clip(height, 0.3, 1.05) * (1.0 + widening) ** -1.5
 
@@ -220,15 +205,13 @@ def simulate(
     mirrored = np.zeros(shape)
     for limb in (_ARMS, _LEGS):
         confused = rng.random(B) < chance * quality[:, 0]
-        weight = confused * rng.beta(0.8, 1.6, B)
-        mirrored += limb * weight[:, None]
+        mirrored += limb * (confused * rng.beta(0.8, 1.6, B))[:, None]
     mirrored = np.clip(mirrored * rng.uniform(0.8, 1.2, shape), 0.0, 1.0) * ~cut
-    mirror_blob = _blob(
-        height * mirrored,
-        truth[:, MPII_MIRROR] + scale[..., None] * rng.standard_normal((B, J, 2)),
-        sigma,
-    )
-    main_blob = _blob(height * (1.0 - mirrored), centre, sigma)
+    confused_with = truth[:, MPII_MIRROR] + scale[..., None] * rng.standard_normal((B, J, 2))
+    blobs = [
+        _blob(height * (1.0 - mirrored), centre, sigma),
+        _blob(height * mirrored, confused_with, sigma),
+    ]
 
     def second_height(present: np.ndarray) -> np.ndarray:
         # A gamma distribution of shape 2: mostly faint, now and then as high as the main mode.
@@ -236,34 +219,23 @@ def simulate(
         return present * config.amplitude * np.minimum(relative, 1.0)
 
     side = rng.integers(0, 2, shape)
-    joint = np.take_along_axis(_neighbours()[None].repeat(B, 0), side[..., None], 2)
     fraction = rng.uniform(0.5, 1.0, shape)[..., None]
-    there = np.take_along_axis(truth, joint.repeat(2, -1), 1)
-    neighbour_blob = _blob(
-        second_height(happens(config.neighbour, config.neighbour_hidden)),
-        truth + fraction * (there - truth),
-        config.sigma * rng.uniform(0.9, 1.5, (B, J, 2)),
-    )
-    clutter_blob = _blob(
-        second_height(happens(config.clutter, config.clutter_hidden)),
-        rng.uniform(2.0, HEATMAP_SIZE - 3.0, (B, J, 2)),
-        config.sigma * rng.uniform(0.8, 1.8, (B, J, 2)),
-    )
-    background = [
-        _blob(
-            config.background * rng.standard_normal(shape),
-            rng.uniform(0.0, HEATMAP_SIZE, (B, J, 2)),
-            rng.uniform(4.0, 14.0, (B, J, 2)),
-        )
-        for _ in range(NUM_BLOBS - 4)
-    ]
-    blobs = [main_blob, mirror_blob, neighbour_blob, clutter_blob, *background]
+    there = truth[np.arange(B)[:, None], _NEIGHBOURS[np.arange(J), side]]
+    height = second_height(happens(config.neighbour, config.neighbour_hidden))
+    sigma = config.sigma * rng.uniform(0.9, 1.5, (B, J, 2))
+    blobs.append(_blob(height, truth + fraction * (there - truth), sigma))
+
+    height = second_height(happens(config.clutter, config.clutter_hidden))
+    centre = rng.uniform(2.0, HEATMAP_SIZE - 3.0, (B, J, 2))
+    blobs.append(_blob(height, centre, config.sigma * rng.uniform(0.8, 1.8, (B, J, 2))))
+
+    for _ in range(NUM_BLOBS - 4):
+        height = config.background * rng.standard_normal(shape)
+        centre = rng.uniform(0.0, HEATMAP_SIZE, (B, J, 2))
+        blobs.append(_blob(height, centre, rng.uniform(4.0, 14.0, (B, J, 2))))
     return Detections(np.stack(blobs, axis=2).astype(np.float32), hidden)
 
 
-def _blob(
-    amplitude: Float[np.ndarray, "B 16"],
-    centre: Float[np.ndarray, "B 16 2"],
-    sigma: Float[np.ndarray, "B 16 2"],
-) -> Float[np.ndarray, "B 16 5"]:
+def _blob(amplitude: np.ndarray, centre: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Joins (B, 16), (B, 16, 2) and (B, 16, 2) to (B, 16, 5)."""
     return np.concatenate([amplitude[..., None], centre, sigma], axis=-1)

@@ -78,8 +78,8 @@ def exchange_parts(
 
 def _heading(positions_mm: np.ndarray, right: int, left: int) -> Float[np.ndarray, " B"]:
     """Direction on the floor from a right joint to the left one, in radians."""
-    across = positions_mm[:, left] - positions_mm[:, right]
-    return np.arctan2(across[:, 1], across[:, 0])
+    x, y, _ = (positions_mm[:, left] - positions_mm[:, right]).T
+    return np.arctan2(y, x)
 
 
 def _turned(points: Float[np.ndarray, "B N 3"], angle: Float[np.ndarray, " B"]) -> np.ndarray:

@@ -50,7 +50,7 @@ class Skeleton:
     """How to read the motion of one kind of skeleton."""
 
     name: str
-    landmarks: Mapping[str, Landmark]  # of all 17 joints of Human3.6M
+    landmarks: dict[str, Landmark]  # of all 17 joints of Human3.6M
     up: str = "y"  # the axis of the file that points up
     unit_mm: float | None = None  # length of the file's unit, where the file does not tell
     fps: float | None = None  # frames a second, where the file does not tell
@@ -71,43 +71,44 @@ def _one(
     return Landmark({joint: 1.0}, offset_mm, axes)
 
 
-def _limbs(names: str, left: str, right: str) -> dict[str, Landmark]:
-    """Hip and limbs from the names of hip to ankle and shoulder to wrist, with {s} for the side."""
-    landmarks = {
-        f"{letter}{part}": _one(name)
-        for letter, side in (("L", left), ("R", right))
-        for part, name in zip(_LIMBS, names.format(s=side).split(), strict=True)
+def _body(limbs: str, sides: tuple[str, str], **trunk: str | Landmark) -> dict[str, Landmark]:
+    """All joints, from the names of hip to ankle and shoulder to wrist, with {s} for the side."""
+    names = {
+        f"{letter}{part}": name
+        for letter, side in zip("LR", sides, strict=True)
+        for part, name in zip(_LIMBS, limbs.format(s=side).split(), strict=True)
     }
-    hips = [*landmarks["LHip"].weights, *landmarks["RHip"].weights]
-    return {"Hip": Landmark(dict.fromkeys(hips, 0.5)), **landmarks}
+    hip = Landmark({names["LHip"]: 0.5, names["RHip"]: 0.5})
+    joints = {"Hip": hip, **names, **trunk}
+    return {name: _one(mark) if isinstance(mark, str) else mark for name, mark in joints.items()}
 
 
 CMU_ASF = Skeleton(
-    name="CMU (ASF/AMC)",
-    landmarks={
+    "CMU (ASF/AMC)",
+    _body(
         # The radius bone is only two thirds of the forearm; `wrist` turns about its own length
         # and carries the hand.
-        **_limbs("{s}hipjoint {s}femur {s}tibia {s}clavicle {s}humerus {s}wrist", "l", "r"),
-        "Spine": _one("lowerback"),
-        "Thorax": _one("lowerneck"),
-        "Nose": _one("upperneck", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "head"),
-        "Head": _one("head", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "head"),
-    },
+        "{s}hipjoint {s}femur {s}tibia {s}clavicle {s}humerus {s}wrist",
+        ("l", "r"),
+        Spine="lowerback",
+        Thorax="lowerneck",
+        Nose=_one("upperneck", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "head"),
+        Head=_one("head", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "head"),
+    ),
     fps=120.0,
 )
 """The 31 bones of all .asf files of the CMU database; facing z at rest, y up."""
 
-_LEFT_RIGHT_LIMBS = _limbs("{s}UpLeg {s}Leg {s}Foot {s}Arm {s}ForeArm {s}Hand", "Left", "Right")
-
 CMU_BVH = Skeleton(
-    name="CMU (BVH conversion)",
-    landmarks={
-        **_LEFT_RIGHT_LIMBS,
-        "Spine": _one("Spine"),
-        "Thorax": _one("Neck1"),
-        "Nose": _one("Head", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "Head"),
-        "Head": _one("HeadEnd", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "Head"),
-    },
+    "CMU (BVH conversion)",
+    _body(
+        "{s}UpLeg {s}Leg {s}Foot {s}Arm {s}ForeArm {s}Hand",
+        ("Left", "Right"),
+        Spine="Spine",
+        Thorax="Neck1",
+        Nose=_one("Head", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "Head"),
+        Head=_one("HeadEnd", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "Head"),
+    ),
     unit_mm=_CMU_UNIT_MM,
     skip_frames=1,
     marks=frozenset({"LHipJoint", "LowerBack"}),
@@ -116,24 +117,25 @@ CMU_BVH = Skeleton(
 `rwrist` of the original, so that trunk and forearms are shorter than those of `CMU_ASF`."""
 
 BANDAI_NAMCO = Skeleton(
-    name="Bandai-Namco-Research-Motiondataset",
-    landmarks={
-        **_limbs("UpperLeg_{s} LowerLeg_{s} Foot_{s} UpperArm_{s} LowerArm_{s} Hand_{s}", "L", "R"),
-        "Spine": _one("Spine"),
-        "Thorax": _one("Neck"),
+    "Bandai-Namco-Research-Motiondataset",
+    _body(
+        "UpperLeg_{s} LowerLeg_{s} Foot_{s} UpperArm_{s} LowerArm_{s} Hand_{s}",
+        ("L", "R"),
+        Spine="Spine",
+        Thorax="Neck",
         # The head's x axis points up and its y axis to the front.
-        "Nose": _one("Head", (35.0, 42.0, 0.0), "Head"),
-        "Head": _one("Head", (135.0, 23.0, 0.0), "Head"),
-    },
+        Nose=_one("Head", (35.0, 42.0, 0.0), "Head"),
+        Head=_one("Head", (135.0, 23.0, 0.0), "Head"),
+    ),
     unit_mm=10.0,
     marks=frozenset({"joint_Root", "Chest", "Shoulder_L", "Toes_L"}),
 )
 """22 joints, all with position channels; the End Sites coincide with their joints."""
 
 LAFAN1 = Skeleton(
-    name="LaFAN1",
-    landmarks={
-        **_LEFT_RIGHT_LIMBS,
+    "LaFAN1",
+    CMU_BVH.landmarks
+    | {
         "Spine": Landmark({"Spine1": 0.5, "Spine2": 0.5}),
         "Thorax": _one("Neck"),
         # The head's x axis points up and its y axis to the front.
