@@ -10,13 +10,12 @@ configurations that differ only in their number of hypotheses share one training
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 from absl import app, flags
@@ -25,7 +24,6 @@ import experiments
 from configs import ablations
 from diffpose_jax.config import ConfigError
 from diffpose_jax.io import files
-from diffpose_jax.io.files import FileError
 from diffpose_jax.report import published, tables
 
 CONFIGS = flags.DEFINE_list("configs", None, "Configuration files, with :NAME where they take one.")
@@ -35,41 +33,26 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: T
 
 
 def expand(specs: list[str]) -> dict[str, str]:
-    """{row: configuration file with argument}; a table of the ablations becomes its rows.
-
-    Raises:
-      ConfigError: if two configurations would have rows of one name.
-    """
+    """{row: configuration file with argument}; a table of the ablations becomes its rows."""
     rows: dict[str, str] = {}
     for spec in specs:
         path, _, argument = spec.partition(":")
-        base, _, name = argument.rpartition("/")
-        names = ablations.TABLES.get(name, (name,)) if argument else (None,)
-        for row_name in names:
-            row = row_name or Path(path).stem
-            config = f"{path}:{base + '/' if base else ''}{row_name}" if row_name else path
+        base, slash, name = argument.rpartition("/")
+        for row in ablations.TABLES.get(name, (name,)):
+            config = f"{path}:{base}{slash}{row}" if row else path
+            row = row or Path(path).stem
             if rows.setdefault(row, config) != config:
                 raise ConfigError(f"--configs: {rows[row]} and {config} are both called {row}")
     return rows
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """Reads a configuration file, as `--config` does.
-
-    Raises:
-      ConfigError: if there is no such file or name.
-    """
+    """Reads a configuration file, as `--config` does."""
     path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--configs: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"--configs: {path} is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
     try:
-        return module.get_config(*([argument] if argument else []))
-    except (TypeError, ValueError) as error:
+        get_config = runpy.run_path(path)["get_config"]
+        return get_config(argument) if argument else get_config()
+    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(f"--configs: {spec}: {error}") from error
 
 
@@ -91,19 +74,12 @@ def sweep(
     overrides: list[str],
     data_dir: str | None = None,
 ) -> list[str]:
-    """Does the runs that are not finished, seed by seed; returns those that failed.
-
-    Raises:
-      ConfigError: if a configuration cannot be read, or the sweep was begun with other overrides.
-    """
+    """Does the runs that are not finished, seed by seed; returns those that failed."""
     configs = {row: load_config(spec) for row, spec in rows.items()}
     training_of = trained_by(configs)
-    begun = output / "sweep.json"
-    settings = {"overrides": overrides}
+    begun, settings = output / "sweep.json", {"overrides": overrides}
     if begun.exists() and files.read_json(begun) != settings:
-        raise ConfigError(
-            f"{output} was begun with other settings after -- ({begun}): choose another --output"
-        )
+        raise ConfigError(f"{begun} has other settings after --: choose another --output")
     files.write_json(begun, settings)
     # Seeds of one configuration, and many of the rows, compile to the same programs.
     cache = {"JAX_COMPILATION_CACHE_DIR": str((output / "compiled").absolute())}
@@ -114,17 +90,17 @@ def sweep(
         if (folder / "results.json").exists():
             continue
         print(f"{number} of {len(runs)}: {row}, seed {seed}", flush=True)
-        trained = output / training_of[row] / f"seed_{seed}"
-        if training_of[row] == row:
+        trained = training_of[row]
+        if trained == row:
             program = ["train", "--config", rows[row], "--workdir", str(folder)]
-            program += [f"--config.seed={seed}", "--config.evaluation.controls=False", *overrides]
+            program += [f"--config.seed={seed}", "--config.evaluation.baselines=False", *overrides]
         else:
-            program = ["evaluate", "--checkpoint", str(trained), "--output", str(folder)]
-            ours, theirs = (
-                configs[name].evaluation.num_hypotheses for name in (row, training_of[row])
-            )
+            checkpoint = str(output / trained / f"seed_{seed}")
+            program = ["evaluate", "--checkpoint", checkpoint, "--output", str(folder)]
+            count = configs[row].evaluation.num_hypotheses
             # An equal number stays unsaid: an override may have changed the training's.
-            program += [f"--num_hypotheses={ours}"] * (ours != theirs)
+            if count != configs[trained].evaluation.num_hypotheses:
+                program.append(f"--num_hypotheses={count}")
         program += ["--data_dir", data_dir] if data_dir else []
         command = [sys.executable, "-m", f"experiments.{program[0]}", *program[1:]]
         if subprocess.run(command, check=False, env=os.environ | cache).returncode:
@@ -132,52 +108,30 @@ def sweep(
     return failed
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads results.json.
-
-    Raises:
-      FileError: if it is damaged, or holds something else.
-    """
-    content = files.read_json(path)
-    try:
-        models = [methods["model"] for methods in content["subsets"].values()]
-        numbers = [model[name] for model in models for name in tables.COLUMNS if name in model]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise FileError(f"{path} is damaged: it holds no subsets with metrics") from error
-    if not all(type(number) in (int, float) for number in numbers):
-        raise FileError(f"{path} is damaged: a metric is no number")
-    return content
-
-
 def table(
     rows: dict[str, str], seeds: list[int], output: Path, subset: str, is_published: bool
 ) -> tables.Table:
     """The finished runs' metrics on a subset, over the seeds, with the published rows below."""
-    columns = tuple(tables.COLUMNS)
     lines = []
     for row in rows:
         paths = [output / row / f"seed_{seed}" / "results.json" for seed in seeds]
-        results = [read_results(path) for path in paths if path.exists()]
-        metrics = [r["subsets"][subset]["model"] for r in results if subset in r["subsets"]]
-        values = {c: [m[c] for m in metrics if c in m] for c in columns}
+        results = [files.read_json(path)["subsets"] for path in paths if path.exists()]
+        models = [subsets[subset]["model"] for subsets in results if subset in subsets]
+        values = {c: [model[c] for model in models if c in model] for c in tables.COLUMNS}
         lines.append((row, values))
         if is_published and subset == "ambiguous" and row in published.ABLATIONS:
             numbers = published.ABLATIONS[row]
             lines.append((f"{row}, published", {c: [v] for c, v in numbers.items()}))
-    return tables.Table(columns, tuple(lines))
+    return tables.Table(tuple(tables.COLUMNS), tuple(lines))
 
 
 def main(overrides: list[str]) -> None:
     """Runs the sweep."""
-    if not CONFIGS.value or OUTPUT.value is None:
-        raise app.UsageError(
-            "--configs and --output are needed; try"
-            " --configs configs/ablations.py:quickstart/components --output runs/components"
-        )
-    try:
-        seeds = [int(seed) for seed in SEEDS.value]
-    except ValueError as error:
-        raise app.UsageError(f"--seeds must be integers: {error}") from error
+    if not CONFIGS.value or not OUTPUT.value:
+        raise app.UsageError("--configs and --output are needed")
+    if not all(seed.isdigit() for seed in SEEDS.value):
+        raise app.UsageError(f"--seeds must be integers, not {','.join(SEEDS.value)}")
+    seeds = [int(seed) for seed in SEEDS.value]
     rows, output = expand(CONFIGS.value), Path(OUTPUT.value)
     failed = sweep(rows, seeds, output, overrides[1:], DATA_DIR.value)
     is_published = all(load_config(spec).data.name == "human36m" for spec in rows.values())

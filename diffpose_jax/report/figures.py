@@ -176,21 +176,14 @@ def plot_example(
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_min_mpjpe(
-    curves: Mapping[str, Mapping[int, float] | Mapping[str, float]], title: str = ""
-) -> Figure:
+def plot_min_mpjpe(curves: Mapping[str, Mapping[int, float]], title: str = "") -> Figure:
     """Shows the error of the best of K hypotheses over K, on a logarithmic axis.
 
-    `curves` is name to {K: MPJPE of the best of K, mm}, see `min_mpjpe_curves`; K may be a string,
-    as in JSON. A name that starts with a key of `METHOD_COLOURS` gets that method's colour; one
-    that ends in "ambiguous" is dashed. A curve of a single point, as a regression has it, is a
-    horizontal line.
+    `curves` is name to {K: MPJPE of the best of K, mm}, see `min_mpjpe_curves`. A name that starts
+    with a key of `METHOD_COLOURS` gets that method's colour; one that ends in "ambiguous" is
+    dashed. A curve of a single point, as a regression has it, is a horizontal line.
     """
-    points = {
-        name: np.array(sorted((int(k), float(v)) for k, v in curve.items()))
-        for name, curve in curves.items()
-        if curve
-    }
+    points = {name: np.array(sorted(curve.items())) for name, curve in curves.items() if curve}
     figure = Figure(figsize=(7.4, 4.1), layout="constrained")
     axes = figure.subplots()
     largest = max([2.0, *(curve[-1, 0] for curve in points.values())])
@@ -235,7 +228,7 @@ def min_mpjpe_curves(results: Mapping[str, Any]) -> dict[str, dict[int, float]]:
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_loss(steps: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray) -> Figure:
+def plot_loss(steps: Sequence[int] | np.ndarray, losses: Sequence[float] | np.ndarray) -> Figure:
     """Shows the training loss on a logarithmic axis, with its running median.
 
     Losses that are not finite or not positive are left out; there may be none.

@@ -1,277 +1,177 @@
 """The page of a prediction in a browser: it draws, turns and needs no network."""
 
 import base64
+import html
 import io
 import json
-import os
-import select
+import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffpose_jax.report import page as report
-from diffpose_jax.report.figures import ChosenPose
-from diffpose_jax.report.page import ReportExample
+from diffpose_jax.evaluation.calibration import SinglePose
+from diffpose_jax.report.page import ReportExample, write_report
 from diffpose_jax.skeleton import NUM_JOINTS
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-WIDTH, HEIGHT = 900, 800
-TIMEOUT_S = 120
+# Uses the page as a person would, and leaves what was seen as JSON in its place.
+VISIT = """<script>
+// A browser without a window shows no frames.
+window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 16);
+const seen = { faults: [], checked: {}, canvases: {} };
+addEventListener("error", (event) => seen.faults.push(event.message));
+addEventListener("securitypolicyviolation", (event) => seen.faults.push(event.blockedURI));
+addEventListener("load", async () => {
+  const find = (selector) => document.querySelector(selector), view = find("#view");
+  view.setPointerCapture = () => {}; // a pointer made by a script cannot be captured
+  const frame = () => new Promise(requestAnimationFrame);
+  const keep = async (name) => {
+    await frame(); await frame();
+    seen.canvases[name] = view.toDataURL();
+  };
+  const pointer = (type, x, y) => {
+    const { left, top } = view.getBoundingClientRect();
+    const at = { pointerId: 1, clientX: left + x, clientY: top + y };
+    view.dispatchEvent(new PointerEvent(type, at));
+  };
+  await keep("start");
+  await keep("same");
+  seen.text = document.body.innerText;
+  seen.title = document.title;
+  seen.width = find("figure:not([hidden]) img").naturalWidth;
+  pointer("pointerdown", 400, 300);
+  for (const step of [1, 2, 3, 4]) pointer("pointermove", 400 + 30 * step, 300 + 5 * step);
+  pointer("pointerup", 520, 320);
+  await keep("turned");
+  pointer("pointermove", 10, 10);
+  await keep("let go");
+  view.dispatchEvent(new MouseEvent("dblclick"));
+  await keep("turned back");
+  for (const part of ["hypotheses", "chosen", "radius", "spread", "mean"]) {
+    const box = find(`#show-${part}`);
+    seen.checked[part] = box.checked;
+    box.click();
+    await keep(`${part} switched`);
+    box.click();
+    await keep(`${part} switched back`);
+  }
+  find("[data-yaw='0'][data-pitch='0']").click();
+  await keep("front");
+  const { width, height } = view;
+  const pixels = view.getContext("2d").getImageData(0, 0, width, height).data;
+  for (let i = 0; !seen.tip; i += 4) // the first dark pixel is the ring around the topmost joint
+    if (pixels[i + 3] > 200 && Math.max(...pixels.slice(i, i + 3)) < 40) {
+      pointer("pointermove", (i / 4) % width, Math.floor(i / 4 / width) + 4);
+      await frame(); await frame();
+      seen.tip = find("#tip").textContent;
+    }
+  seen.honest = [...seen.faults];
+  setTimeout(() => { throw Error("on purpose"); });
+  await fetch("https://example.com").catch(() => 0);
+  await frame();
+  document.documentElement.innerHTML = "<pre></pre>";
+  find("pre").textContent = JSON.stringify(seen);
+});
+</script></head>"""
 
-# Chromium reads commands from descriptor 3 and answers on 4, wherever the pipes are before.
-START = """
-import fcntl, os, sys
-ends = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
-for wanted, fd in zip((3, 4), ends):
-    os.dup2(fd, wanted)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
-
-class Browser:
-    """Headless Chromium with one page, driven by the DevTools protocol over pipes."""
-
-    def __init__(self, folder):
-        self.deadline = time.monotonic() + TIMEOUT_S
-        commands_out, self.commands = os.pipe()
-        self.answers, answers_in = os.pipe()
-        arguments = [
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-            "--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}",
-        ]  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(commands_out), str(answers_in), CHROMIUM, *arguments],
-            pass_fds=(commands_out, answers_in),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        os.close(commands_out)
-        os.close(answers_in)
-        self.number, self.buffer, self.events, self.session = 0, b"", [], {}
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def close(self):
-        os.close(self.commands)  # it ends when nobody can command it any more
-        os.close(self.answers)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def receive(self):
-        while b"\0" not in self.buffer:
-            left = self.deadline - time.monotonic()
-            assert left > 0, "the browser does not answer"
-            assert select.select([self.answers], [], [], left)[0], "the browser does not answer"
-            read = os.read(self.answers, 1 << 20)
-            assert read, "the browser has ended"
-            self.buffer += read
-        message, self.buffer = self.buffer.split(b"\0", 1)
-        return json.loads(message)
-
-    def call(self, method, **params):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params, **self.session}
-        os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.number:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, path):
-        # A page that turns by itself never shows the same twice.
-        reduced = {"name": "prefers-reduced-motion", "value": "reduce"}
-        self.call("Emulation.setEmulatedMedia", features=[reduced])
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False,
-        )  # fmt: skip
-        self.call("Page.navigate", url=path.as_uri())
-        while self.evaluate("document.readyState") != "complete":
-            time.sleep(0.05)
-
-    def evaluate(self, script):
-        answer = self.call(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def settle(self):
-        """Waits until what was asked for is drawn."""
-        two_frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
-        self.evaluate(f"new Promise((done) => {two_frames}).then(() => true)")
-
-    def mouse(self, kind, x, y, **more):
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", **more)
-
-    def click(self, selector):
-        self.evaluate(f"document.querySelector({selector!r}).click()")
-        self.settle()
-
-    def canvas(self):
-        """What is on the canvas: (H, W, 4)."""
-        self.settle()
-        url = self.evaluate("document.getElementById('view').toDataURL()")
-        with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
-            return np.array(image.convert("RGBA"))
-
-    def faults(self):
-        """Exceptions, errors on the console, and whatever was asked for elsewhere."""
-        bad = []
-        for event in self.events:
-            method, params = event.get("method"), event.get("params", {})
-            if method == "Runtime.exceptionThrown":
-                bad.append(params["exceptionDetails"])
-            elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
-                bad.append(params)
-            elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-                bad.append(params["entry"])
-            elif method == "Network.requestWillBeSent":
-                url = params["request"]["url"]
-                bad += [] if url.startswith(("file:", "data:")) else [url]
-        return bad
+STANDING_XY_MM = np.array(
+    [[0, 0], [-130, 0], [-140, -430], [-150, -850], [130, 0], [140, -430], [150, -850], [0, 230],
+     [0, 480], [0, 560], [0, 670], [150, 450], [300, 250], [320, 0], [-150, 450], [-300, 250],
+     [-320, 0]]
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module")
-def page(browser, tmp_path_factory):
-    """A prediction's page: hypotheses around a standing person, without truth."""
+def seen(tmp_path_factory):
+    """What a visit to a prediction's page shows: a standing person, without truth."""
     folder = tmp_path_factory.mktemp("page")
-    rng = np.random.default_rng(0)
-    standing = np.array(
-        [[0, 0], [-130, 0], [-140, -430], [-150, -850], [130, 0], [140, -430], [150, -850],
-         [0, 230], [0, 480], [0, 560], [0, 670], [150, 450], [300, 250], [320, 0], [-150, 450],
-         [-300, 250], [-320, 0]]
-    )  # fmt: skip
-    pose_mm = np.concatenate([standing, np.zeros((NUM_JOINTS, 1))], axis=1)
+    pose_mm = np.concatenate([STANDING_XY_MM, np.zeros((NUM_JOINTS, 1))], axis=1)
     spread = np.where(np.arange(NUM_JOINTS)[:, None] % 3 == 0, 90, 20)
-    hypotheses_mm = pose_mm + rng.normal(size=(30, NUM_JOINTS, 3)) * spread
+    noise = np.random.default_rng(0).normal(size=(30, NUM_JOINTS, 3))
     meaning = "the joint lies within the radius in 90% of cases (by 500 frames)"
-    chosen = ChosenPose(pose_mm, np.linspace(0, 160, NUM_JOINTS), 0.9, "mean", meaning)
-    picture = folder / "poses.png"
-    Image.new("RGB", (300, 100), "teal").save(picture)
-    example = ReportExample("photo <1>.jpg", hypotheses_mm, figure=picture, chosen=chosen)
-    path = report.write_report(
-        folder / "pose.html",
-        title="photo <1>.jpg",
-        results={"num_hypotheses": 30},
-        examples=[example],
+    chosen = SinglePose(pose_mm, np.linspace(0, 160, NUM_JOINTS), 0.9, "mean", meaning)
+    Image.new("RGB", (300, 100), "teal").save(folder / "poses.png")
+    name = "photo <1>.jpg"
+    example = ReportExample(
+        name, pose_mm + noise * spread, figure=folder / "poses.png", chosen=chosen
     )
-    picture.unlink()  # the page must do without
-    browser.open(path)
-    return browser
+    page = write_report(
+        folder / "pose.html", title=name, results={"num_hypotheses": 30}, examples=[example]
+    )
+    (folder / "poses.png").unlink()  # the page must do without
+    page.write_text(page.read_text().replace("</head>", VISIT))
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", f"--user-data-dir={folder / 'profile'}",
+        "--force-prefers-reduced-motion", "--window-size=900,800", "--virtual-time-budget=9000",
+        "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    seen = json.loads(html.unescape(re.search("<pre>(.*)</pre>", done.stdout, re.S)[1]))
+    seen["canvases"] = {name: pixels(url) for name, url in seen["canvases"].items()}
+    return seen
 
 
-def drawn(canvas):
-    return np.count_nonzero(canvas[..., 3])
+def pixels(url):
+    with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
+        return np.array(image.convert("RGBA"))
 
 
 def difference(a, b):
     return np.count_nonzero((a != b).any(-1))
 
 
-def test_the_canvas_is_drawn(page):
-    canvas = page.canvas()
+def test_the_canvas_is_drawn(seen):
+    canvas = seen["canvases"]["start"]
     assert canvas.shape[0] > 400
     assert canvas.shape[1] > 700
-    assert drawn(canvas) > 10_000
+    assert np.count_nonzero(canvas[..., 3]) > 10_000
     assert len(np.unique(canvas.reshape(-1, 4), axis=0)) > 100
     ink = (canvas[..., :3] < 40).all(-1) & (canvas[..., 3] > 200)
     assert ink.sum() > 500  # the chosen pose
     assert np.ptp(np.nonzero(ink)[0]) > canvas.shape[0] / 2
-    np.testing.assert_array_equal(page.canvas(), canvas)
+    np.testing.assert_array_equal(seen["canvases"]["same"], canvas)
 
 
-def test_what_it_says(page):
-    assert page.evaluate("document.title") == "photo <1>.jpg"
-    text = page.evaluate("document.body.innerText")
-    assert "chosen pose (mean)" in text
-    assert "Radii: the joint lies within the radius in 90% of cases (by 500 frames)." in text
-    assert "30 of 30" in text
-    assert "80.0 mm" in text  # the median radius
-    assert "truth" not in text
-    width = page.evaluate("document.querySelector('figure:not([hidden]) img').naturalWidth")
-    assert width == 300
-
-
-def test_a_drag_turns_it_and_a_double_click_turns_it_back(page):
-    before = page.canvas()
-    box = page.evaluate(
-        "(() => { const b = document.getElementById('view').getBoundingClientRect();"
-        " return [b.left, b.top, b.width, b.height]; })()"
+def test_what_it_says(seen):
+    assert seen["title"] == "photo <1>.jpg"
+    assert "chosen pose (mean)" in seen["text"]
+    assert (
+        "Radii: the joint lies within the radius in 90% of cases (by 500 frames)." in seen["text"]
     )
-    x, y = box[0] + box[2] / 2, box[1] + box[3] / 2
-    page.mouse("mousePressed", x, y, buttons=1, clickCount=1)
-    for step in range(1, 5):
-        page.mouse("mouseMoved", x + 30 * step, y + 5 * step, buttons=1)
-    page.mouse("mouseReleased", x + 120, y + 20, clickCount=1)
-    page.mouse("mouseMoved", x + 350, y - 200)  # away from the joints, which would tell their names
-    turned = page.canvas()
-    assert difference(before, turned) > 5_000
-    page.mouse("mouseMoved", x - 350, y - 200)
-    np.testing.assert_array_equal(page.canvas(), turned)  # let go, it stays
-    page.evaluate("document.getElementById('view').dispatchEvent(new MouseEvent('dblclick'))")
-    np.testing.assert_array_equal(page.canvas(), before)
+    assert "30 of 30" in seen["text"]
+    assert "80.0 mm" in seen["text"]  # the median radius
+    assert "truth" not in seen["text"]
+    assert seen["width"] == 300
 
 
-@pytest.mark.parametrize("what", ["hypotheses", "chosen", "radius", "spread", "mean"])
-def test_each_part_shows_and_hides(page, what):
-    before = page.canvas()
-    was = page.evaluate(f"document.getElementById('show-{what}').checked")
-    assert was == (what in ("hypotheses", "chosen", "spread"))
-    page.click(f"#show-{what}")
-    assert difference(before, page.canvas()) > 300
-    page.click(f"#show-{what}")
-    np.testing.assert_array_equal(page.canvas(), before)
+def test_a_drag_turns_it_and_a_double_click_turns_it_back(seen):
+    canvases = seen["canvases"]
+    assert difference(canvases["start"], canvases["turned"]) > 5_000
+    np.testing.assert_array_equal(canvases["let go"], canvases["turned"])
+    np.testing.assert_array_equal(canvases["turned back"], canvases["start"])
 
 
-def test_the_name_of_a_joint_under_the_pointer(page):
-    page.click("[data-yaw='0'][data-pitch='0']")
-    canvas = page.canvas()
-    ink = (canvas[..., :3] < 40).all(-1) & (canvas[..., 3] > 200)
-    row, column = np.argwhere(ink)[0]  # the ring around the topmost joint
-    left, top = page.evaluate(
-        "(() => { const b = document.getElementById('view').getBoundingClientRect();"
-        " return [b.left, b.top]; })()"
-    )
-    page.mouse("mouseMoved", left + int(column), top + int(row) + 4)
-    page.settle()
-    lines = page.evaluate("document.getElementById('tip').textContent").split("\n")
+@pytest.mark.parametrize("part", ["hypotheses", "chosen", "radius", "spread", "mean"])
+def test_each_part_shows_and_hides(seen, part):
+    canvases = seen["canvases"]
+    assert seen["checked"][part] == (part in ("hypotheses", "chosen", "spread"))
+    assert difference(canvases["start"], canvases[f"{part} switched"]) > 300
+    np.testing.assert_array_equal(canvases[f"{part} switched back"], canvases["start"])
+
+
+def test_the_name_of_a_joint_under_the_pointer(seen):
+    lines = seen["tip"].split("\n")
     assert lines[0] == "Head"
     assert lines[1].startswith("spread ")
     assert lines[2] == "90% radius 100 mm"
 
 
-def test_nothing_went_wrong_and_nothing_was_fetched(page):
-    page.settle()
-    requested = [e for e in page.events if e.get("method") == "Network.requestWillBeSent"]
-    assert requested
-    assert page.faults() == []
-
-
-def test_a_fault_would_be_noticed(browser, page):
-    page.evaluate("setTimeout(() => { throw Error('on purpose'); })")
-    page.evaluate("fetch('https://example.com').catch(() => 0).then(() => 1)")
-    page.settle()
-    assert len(page.faults()) >= 2
+def test_nothing_went_wrong_and_nothing_was_fetched(seen):
+    assert seen["honest"] == []
+    assert len(seen["faults"]) == 2  # those on purpose are noticed
