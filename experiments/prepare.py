@@ -12,13 +12,16 @@ set depends on. Stopped and started again, it goes on with the parts that are no
 
 from __future__ import annotations
 
+import dataclasses
+
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
 import experiments
 from diffpose_jax import detectors
 from diffpose_jax.config import ConfigError
-from diffpose_jax.data import motion, prepared
+from diffpose_jax.data import motion
 from diffpose_jax.data.human36m import Human36m
 from diffpose_jax.data.lsp import Lsp
 from diffpose_jax.data.mpi_inf_3dhp import MpiInf3dhp
@@ -33,7 +36,9 @@ DTYPE = flags.DEFINE_enum(
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to; default: where TFDS keeps data sets.")
 FIELDS = {
-    name: config_flags.DEFINE_config_dict(name, prepared.default_config(builder.CONFIG))
+    name: config_flags.DEFINE_config_dict(
+        name, ml_collections.ConfigDict(dataclasses.asdict(builder.CONFIG()))
+    )
     for name, builder in BUILDERS.items()
 }
 MOTION = config_flags.DEFINE_config_dict("motion", motion.default_config())
@@ -51,9 +56,8 @@ def main(_: list[str]) -> None:
             fields, detector = FIELDS[DATASET.value].value, None
             if DETECTOR.value is not None:
                 detector = detectors.load(DETECTOR.value, fields.get("input_px"), DTYPE.value)
-            builder = prepared.prepare(
-                BUILDERS[DATASET.value], fields, SOURCE.value, DATA_DIR.value, detector
-            )
+            builder = BUILDERS[DATASET.value](fields, SOURCE.value, detector, DATA_DIR.value)
+            builder.prepare()
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
     splits = ", ".join(

@@ -18,11 +18,7 @@ from diffpose_jax.io.files import FileError
 
 @contextlib.contextmanager
 def opened(path: Path, extra: str) -> Iterator[Any]:
-    """Opens a file for reading; whatever goes wrong within the context is told of the file.
-
-    Args:
-      path: the file.
-      extra: the package's extra that installs h5py.
+    """Opens a file with h5py, of an extra; whatever goes wrong in the context is told of the file.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -50,18 +46,10 @@ def dataset(file: Any, name: str) -> Any:
     Raises:
       FileError: if it lies in another file, or fewer rows are there than it says.
     """
-    h5py = extras.load("h5py", "human36m")
-    node = file
-    for part in name.strip("/").split("/"):
-        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
-        if link is None:
-            return None
-        if not isinstance(link, h5py.HardLink):
-            raise FileError(f"{file.filename}: {name} is a link, which is not followed")
-        node = node[part]
-    if not isinstance(node, h5py.Dataset):
+    node = file.get(name)
+    if node is None or not hasattr(node, "dtype"):
         return None
-    if node.is_virtual or node.external:
+    if node.file != file or node.is_virtual or node.external:
         raise FileError(f"{file.filename}: {name} lies in another file, which is not read")
     if node.chunks is None:
         stored = node.id.get_storage_size() // node.dtype.itemsize

@@ -15,6 +15,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from jaxtyping import Float64
 
+from diffpose_jax.data import prepared
 from diffpose_jax.data.photographs import Photographs, PhotographsBuilder
 from diffpose_jax.detectors import crops
 from diffpose_jax.io.files import FileError
@@ -25,8 +26,6 @@ JOINTS: tuple[str, ...] = (
     "head_top",
 )  # fmt: skip
 """The joints of `joints.mat`, in its order."""
-
-_NAMED = 10
 
 
 class Lsp(PhotographsBuilder):
@@ -59,7 +58,7 @@ class Lsp(PhotographsBuilder):
         if missing := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(
                 f"{folder} lacks {len(missing)} of the {len(joints)} images in joints.mat: "
-                f"{', '.join(missing[:_NAMED])}" + (" and more" if len(missing) > _NAMED else "")
+                f"{prepared.listed(missing)}"
             )
         visible = joints[..., 2] > 0
         kept = np.flatnonzero(visible.sum(1) >= 2)

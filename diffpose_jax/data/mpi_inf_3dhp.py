@@ -9,7 +9,6 @@ z forward, millimetres) and pixels of the image; there is one person.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 
@@ -43,13 +42,12 @@ TO_H36M: tuple[int, ...] = (14, 8, 9, 10, 11, 12, 13, 15, 1, 16, 0, 5, 6, 7, 2, 
 """`JOINTS[TO_H36M[i]]` is Human3.6M's joint i, as the published program orders them."""
 
 _SHAPES = {
+    "valid_frame": (1,),
     "annot2": (1, len(JOINTS), 2),
     "annot3": (1, len(JOINTS), 3),
     "univ_annot3": (1, len(JOINTS), 3),
-    "valid_frame": (1,),
     "activity_annotation": (1,),
 }
-_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +77,7 @@ class MpiInf3dhp(PhotographsBuilder):
 
     name = "mpi_inf_3dhp"
     CONFIG = MpiInf3dhpConfig
+    LABEL = ("annotation",)
 
     def columns(self) -> dict[str, tfds.features.FeatureConnector]:
         """The features beside heatmaps."""
@@ -124,13 +123,13 @@ def _read(folder: Path, annotation: str) -> Photographs:
     if missing := sorted(set(numbers.tolist()) - set(images)):
         raise FileNotFoundError(
             f"{folder / 'imageSequence'} lacks images of valid frames in {path}: "
-            f"img_*.jpg number {_shortened(missing)}."
+            f"img_*.jpg number {prepared.listed(missing)}."
         )
     frames = len(arrays["valid_frame"])
     if surplus := sorted(number for number in images if not 1 <= number <= frames):
         raise FileError(
             f"{folder / 'imageSequence'} and {path} do not belong together: there are {frames} "
-            f"annotated frames, numbered from 1, and images of number {_shortened(surplus)}."
+            f"annotated frames, numbered from 1, and images of number {prepared.listed(surplus)}."
         )
     joints_px, points_mm = (
         arrays[name][valid, 0].astype(np.float64) for name in ("annot2", annotation)
@@ -139,7 +138,7 @@ def _read(folder: Path, annotation: str) -> Photographs:
     if not is_good.all():
         raise FileError(
             f"{path}: annot2 or {annotation} is not finite in valid frames, images of number"
-            f" {_shortened(numbers[~is_good].tolist())}."
+            f" {prepared.listed(numbers[~is_good].tolist())}."
         )
     columns = {
         "pose_mm": cameras.output_pose(points_mm[:, TO_H36M]),
@@ -154,23 +153,18 @@ def _read(folder: Path, annotation: str) -> Photographs:
 
 def _read_mat(path: Path) -> dict[str, np.ndarray]:
     """Reads `annot_data.mat`: (F, 1, 17, 2 or 3) and (F, 1) by name."""
+    arrays: dict[str, np.ndarray] = {}
     with hdf5.opened(path, "mpi_inf_3dhp") as file:
-        found = {name: hdf5.dataset(file, name) for name in _SHAPES}
-        for name, array in found.items():
-            if array is None or array.dtype.kind not in "fiu":
-                raise FileError(
-                    f"{path} has no array {name}; it has {', '.join(itertools.islice(file, 20))}."
-                )
-        # A frame without an axis: the comparison of the shapes tells.
-        frames = found["valid_frame"].shape[:1]
         for name, shape in _SHAPES.items():
-            if found[name].shape != (*frames, *shape):
-                raise FileError(
-                    f"{path}: {name} is {found[name].shape}; {len(JOINTS)} joints in"
-                    f" {', '.join(map(str, frames))} frames (as in valid_frame) are"
-                    f" {(*frames, *shape)}."
-                )
-        return {name: array[()] for name, array in found.items()}
+            array = hdf5.dataset(file, name)
+            if array is None or array.dtype.kind not in "fiu":
+                raise FileError(f"{path} has no array {name}; it has {prepared.listed([*file])}.")
+            # Frames as in the first array.
+            expected = (*next(iter(arrays.values()), array).shape[:1], *shape)
+            if array.shape != expected:
+                raise FileError(f"{path}: {name} is {array.shape}; it must be {expected}.")
+            arrays[name] = array[()]
+    return arrays
 
 
 def _find_images(folder: Path) -> dict[int, Path]:
@@ -178,9 +172,3 @@ def _find_images(folder: Path) -> dict[int, Path]:
         raise FileNotFoundError(f"{folder} is missing: it holds the images of the recording.")
     names = ((re.fullmatch(r"img_(\d+)\.jpg", path.name), path) for path in folder.iterdir())
     return {int(match[1]): path for match, path in names if match}
-
-
-def _shortened(numbers: list[int]) -> str:
-    """Names the first numbers and counts the others."""
-    named = ", ".join(map(str, numbers[:_NAMED]))
-    return named + (f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else "")

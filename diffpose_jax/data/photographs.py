@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffpose_jax.data import prepared
-from diffpose_jax.data.prepared import Columns, Detector
+from diffpose_jax.data.prepared import Columns
 from diffpose_jax.detectors import crops
 from diffpose_jax.io import pictures
 
@@ -31,16 +31,11 @@ class Photographs(NamedTuple):
 class PhotographsBuilder(prepared.DetectionsBuilder):
     """Puts all pictures into the split "test"; a data set gives `photographs` and `columns`."""
 
-    def __init__(
-        self,
-        config: Any,
-        source: str | Path,
-        detector: Detector | None,
-        data_dir: str | Path | None = None,
-    ) -> None:
-        if detector is None:
+    def describe(self) -> dict[str, Any]:
+        """The configuration and the detector."""
+        if self.detector is None:
             raise ValueError("the pictures need a detector: give --detector")
-        super().__init__(config, source, detector, data_dir)
+        return super().describe()
 
     @abc.abstractmethod
     def photographs(self) -> list[Photographs]:

@@ -66,18 +66,9 @@ def green_of(frame):
 
 
 def file_name(sequence):
-    """What the file of a recording is called, by trying all names."""
-    action = sequence.action
-    if sequence.subject == "S1":
-        action = {"Photo": "TakingPhoto", "WalkDog": "WalkingDog"}.get(action, action)
-    for suffix in ("", " 1", " 2", " 3"):
-        name = f"{action}{suffix}.{sequence.camera}"
-        try:
-            if sequences.parse(sequence.subject, name) == sequence:
-                return name
-        except ValueError:
-            continue
-    raise AssertionError(sequence)
+    """What the file of a recording is called."""
+    names = sequences.file_names(sequence)
+    return names[-1] if sequence.subject == "S1" else names[0]
 
 
 def write_raw(folder, subjects, actions, archive=False, seed=0):

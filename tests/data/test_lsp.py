@@ -43,11 +43,11 @@ class GreyDetector:
 
 
 def prepare(source, data_dir, **fields):
-    return prepared.prepare(Lsp, fields, source, data_dir, GreyDetector())
+    Lsp(fields, source, GreyDetector(), data_dir).prepare()
 
 
 def photographs(source):
-    (found,) = Lsp(Lsp.CONFIG(), source, GreyDetector()).photographs()
+    (found,) = Lsp({}, source, GreyDetector()).photographs()
     return found
 
 

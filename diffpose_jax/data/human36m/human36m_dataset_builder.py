@@ -72,37 +72,26 @@ class Human36m(prepared.DetectionsBuilder):
     """
 
     CONFIG = Human36mConfig
-
-    def __init__(
-        self,
-        config: Human36mConfig,
-        source: str | Path = "",
-        detector: prepared.Detector | None = None,
-        data_dir: str | Path | None = None,
-    ) -> None:
-        if config.format != "raw":
-            detector = None
-        elif detector is None or detector.input_px != config.input_px:
-            given = "none is given" if detector is None else f"it reads {detector.input_px} px"
-            raise ValueError(
-                f"the raw form needs a detector that reads crops of input_px = {config.input_px}"
-                f" px; {given}."
-            )
-        super().__init__(config, source, detector, data_dir)
-
-    def label(self) -> str:
-        """What the name of the data set's folder begins with."""
-        return f"{self.config.format}_{self.config.split}"
+    LABEL = ("format", "split")
 
     def describe(self) -> dict[str, Any]:
         """What of the configuration makes a difference, and which source or detector."""
         fields = super().describe()
         if self.config.format == "raw":
+            wanted = self.config.input_px
+            found = None if self.detector is None else self.detector.input_px
+            if found != wanted:
+                given = "none is given" if found is None else f"it reads {found} px"
+                raise ValueError(
+                    "the raw form needs a detector that reads crops of"
+                    f" input_px = {wanted} px; {given}."
+                )
             return fields
         files = [self.source]
         if self.config.format == "wehrbein":
             files = [self.source / wehrbein.FILES[table] for table in self._tables()]
-        own = {key: value for key, value in fields.items() if key not in _RAW_FIELDS}
+        left_out = {*_RAW_FIELDS, "detector"}
+        own = {key: value for key, value in fields.items() if key not in left_out}
         return own | {"source": _digest(files)}
 
     def columns(self) -> dict[str, tfds.features.FeatureConnector]:
@@ -173,7 +162,7 @@ def _digest(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file.")
+            raise FileNotFoundError(f"{path}: there is no such file")
         size = path.stat().st_size
         with path.open("rb") as file:
             file.seek(max(size // 2 - _DIGEST_BYTES // 2, 0))

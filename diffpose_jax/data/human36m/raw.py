@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float64, Int, UInt8
 from tqdm import tqdm
 
+from diffpose_jax.data import prepared
 from diffpose_jax.data.human36m import sequences
 from diffpose_jax.data.human36m.sequences import Sequence
 from diffpose_jax.detectors import crops
@@ -60,8 +61,6 @@ def recordings(
 ) -> list[Recording]:
     """Lists the recordings in the order of the published table: by subject and file name.
 
-    The broken ones are left out.
-
     Args:
       folder: holds the subjects' folders.
       subjects: such as ("S9", "S11").
@@ -70,36 +69,24 @@ def recordings(
 
     Raises:
       FileNotFoundError: if a folder or a file is missing.
-      FileError: if a file of poses has a name that no recording has.
     """
     found = []
     for subject in subjects:
         flat = _folder(folder / subject, "D2_Positions")
         solid = _folder(folder / subject, f"D3_Positions_{poses}")
-        videos = folder / subject / "Videos"
         of_subject = []
-        for path in sorted(flat.glob("*.cdf")):
-            if path.name.startswith("_ALL"):  # every action in one go, without a place in the table
-                continue
-            try:
-                sequence = sequences.parse(subject, path.stem)
-            except ValueError as error:
-                raise FileError(f"{path}: {error}") from error
-            if sequence.action in actions and sequence not in sequences.BROKEN:
-                video = videos / f"{path.stem}.mp4"
-                of_subject.append(Recording(sequence, path, solid / path.name, video))
-        expected = sequences.expected(subject, actions)
-        if absent := sorted(set(expected) - {recording.sequence for recording in of_subject}):
-            names = [f"{s.action} (subaction {s.subaction}) {s.camera}" for s in absent]
-            raise FileNotFoundError(
-                f"{flat} lacks {len(absent)} of {len(expected)} recordings: {_some(names)}. Unpack "
-                "the whole archive, or ask for fewer actions."
-            )
-        found += of_subject
-    missing = [str(path) for recording in found for path in recording[1:] if not path.is_file()]
+        for sequence in sequences.expected(subject, actions):
+            names = sequences.file_names(sequence)
+            name = next((name for name in names if (flat / f"{name}.cdf").is_file()), names[0])
+            video = folder / subject / "Videos" / f"{name}.mp4"
+            poses_2d, poses_3d = (at / f"{name}.cdf" for at in (flat, solid))
+            of_subject.append(Recording(sequence, poses_2d, poses_3d, video))
+        found += sorted(of_subject, key=lambda recording: recording.poses_2d.name)
+    missing = [path for recording in found for path in recording[1:] if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} files of recordings in {folder} are missing: {_some(missing)}."
+            f"{len(missing)} files of {len(found)} recordings are missing:"
+            f" {prepared.listed(missing)}; unpack the whole archives, or ask for fewer actions."
         )
     return found
 
@@ -113,10 +100,6 @@ def _folder(subject: Path, name: str) -> Path:
     raise FileNotFoundError(
         f"{subject} has no folder {names}: unpack the archives of each subject there."
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" .." if len(names) > 5 else "")
 
 
 def check(found: list[Recording]) -> None:

@@ -31,32 +31,19 @@ CAMERAS: tuple[str, ...] = ("54138969", "55011271", "58860488", "60457274")
 STRIDE = 4
 """Every fourth frame is used: 3, 7, 11, .., counted from 0."""
 
-_CANONICAL = {"TakingPhoto": "Photo", "WalkingDog": "WalkDog"}
+_SECOND_NAMES = {"Photo": "TakingPhoto", "WalkDog": "WalkingDog"}
 
 _SUFFIXES = {
-    ("S1", "Eating"): ("", "2"),
-    ("S1", "Sitting"): ("2", "1"),
-    ("S1", "SittingDown"): ("", "2"),
-    ("S5", "Directions"): ("2", "1"),
-    ("S5", "Discussion"): ("3", "2"),
-    ("S5", "Greeting"): ("2", "1"),
-    ("S5", "Photo"): ("", "2"),
-    ("S5", "Waiting"): ("2", "1"),
-    ("S6", "Eating"): ("2", "1"),
-    ("S6", "Posing"): ("", "2"),
-    ("S6", "Sitting"): ("2", "1"),
-    ("S6", "Waiting"): ("", "3"),
-    ("S7", "Phoning"): ("", "2"),
-    ("S7", "Waiting"): ("2", "1"),
-    ("S7", "Walking"): ("2", "1"),
-    ("S8", "WalkTogether"): ("2", "1"),
-    ("S9", "Discussion"): ("2", "1"),
-    ("S11", "Discussion"): ("2", "1"),
-    ("S11", "Greeting"): ("", "2"),
-    ("S11", "Phoning"): ("3", "2"),
-    ("S11", "Smoking"): ("", "2"),
+    ("", "2"): "S1 Eating, S1 SittingDown, S5 Photo, S6 Posing, S7 Phoning, S11 Greeting,"
+    " S11 Smoking",
+    ("", "3"): "S6 Waiting",
+    ("2", "1"): "S1 Sitting, S5 Directions, S5 Greeting, S5 Waiting, S6 Eating, S6 Sitting,"
+    " S7 Waiting, S7 Walking, S8 WalkTogether, S9 Discussion, S11 Discussion",
+    ("3", "2"): "S5 Discussion, S11 Phoning",
 }
 """What follows the action in the names of subactions 0 and 1, where it is not "" and "1"."""
+
+_SUFFIXES_OF = {name: pair for pair, names in _SUFFIXES.items() for name in names.split(", ")}
 
 
 class Sequence(NamedTuple):
@@ -86,23 +73,15 @@ def table(split: str, subset: str) -> str:
     return "train" if split == "validation" else subset
 
 
-def parse(subject: str, name: str) -> Sequence:
-    """The recording of a file, with the canonical name of its action.
-
-    Args:
-      subject: such as "S9".
-      name: the file's name without its ending, such as "TakingPhoto 1.54138969".
-
-    Raises:
-      ValueError: if no recording of the subject has such a name.
-    """
-    performance, _, camera = name.partition(".")
-    action, _, suffix = performance.partition(" ")
-    action = _CANONICAL.get(action, action)
-    suffixes = _SUFFIXES.get((subject, action), ("", "1"))
-    if action not in ACTIONS or camera not in CAMERAS or suffix not in suffixes:
-        raise ValueError(f"{name!r} is not the name of a recording of {subject} in Human3.6M.")
-    return Sequence(subject, action, suffixes.index(suffix), camera)
+def file_names(sequence: Sequence) -> list[str]:
+    """What the files of a recording may be called, without their endings."""
+    suffixes = _SUFFIXES_OF.get(f"{sequence.subject} {sequence.action}", ("", "1"))
+    actions = [sequence.action, _SECOND_NAMES.get(sequence.action)]
+    return [
+        f"{action} {suffixes[sequence.subaction]}".strip() + f".{sequence.camera}"
+        for action in actions
+        if action
+    ]
 
 
 def expected(subject: str, actions: tuple[str, ...]) -> list[Sequence]:
@@ -122,14 +101,7 @@ def columns(
     rows: Int[np.ndarray, " N"],
     points_camera_mm: Float[np.ndarray, "N 17 3"],
 ) -> dict[str, np.ndarray]:
-    """The columns that examples of one recording have in common.
-
-    Args:
-      sequence: the recording.
-      frames: of the video, from 0.
-      rows: places in the whole table.
-      points_camera_mm: the hip first.
-    """
+    """The columns of examples of one recording: frames of the video, rows of the whole table."""
     count = len(frames)
     return {
         "subject": np.full(count, sequence.subject),

@@ -67,30 +67,28 @@ def _frombuffer(content: Any, of: _Dtype, shape: tuple[int, ...], order: Any) ->
     return np.frombuffer(content, of.dtype).reshape(shape, order=order)
 
 
-# NumPy 1 and 2 name the modules of these differently. `ndarray` is only an argument of
-# `_reconstruct`: called, the true one takes any bytes for addresses of objects.
-_ARRAY_PARTS: dict[tuple[str, str], Any] = {
-    (f"numpy.{core}.{module}", name): part
-    for core in ("core", "_core")
-    for module, name, part in (
-        ("multiarray", "_reconstruct", _reconstruct),
-        ("numeric", "_frombuffer", _frombuffer),
-    )
-} | {("numpy", "ndarray"): None, ("numpy", "dtype"): _Dtype}
+# `ndarray` is only an argument of `_reconstruct`. Called, the true one would take any bytes for
+# addresses of objects.
+_STAND_INS = {
+    "ndarray": "numpy.ndarray",
+    "dtype": _Dtype,
+    "_reconstruct": _reconstruct,
+    "_frombuffer": _frombuffer,
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds containers, numbers, strings and NumPy's arrays; refuses all else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the file refers to by name."""
-        if (module, name) not in _ARRAY_PARTS:
+        """What the file refers to by name; NumPy 1 and 2 name their modules differently."""
+        if name not in _STAND_INS or module.split(".")[0] != "numpy":
             raise pickle.UnpicklingError(
                 f"it holds {module[:60]}.{name[:60]}, which arrays and containers do not need. It "
                 "was not loaded: loading it could run code. Make the file again by the authors' "
                 "create_data.py"
             )
-        return _ARRAY_PARTS[module, name]
+        return _STAND_INS[name]
 
 
 def load_arrays(path: Path) -> Any:
@@ -101,11 +99,6 @@ def load_arrays(path: Path) -> Any:
       FileError: if it is not a pickle, is cut off, or holds anything but arrays, numbers,
         strings, dicts, lists, tuples and sets.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such file; the folder must hold {FILES['train']} and "
-            f"{FILES['test']} as the authors' create_data.py writes them."
-        )
     with path.open("rb") as file:
         try:
             return _ArrayUnpickler(file).load()
@@ -114,11 +107,7 @@ def load_arrays(path: Path) -> Any:
 
 
 def check(folder: Path, split: str) -> None:
-    """Finds out whether all recordings of the folder's pickles are there and can be read.
-
-    Args:
-      folder: of the pickles.
-      split: a key of `sequences.SPLITS`.
+    """Finds out whether all recordings are there and can be read.
 
     Raises:
       FileNotFoundError: if a pickle is missing.
@@ -138,8 +127,7 @@ def read(folder: Path, split: str, subset: str) -> Iterator[dict[str, np.ndarray
       subset: "train" or "test".
 
     Yields:
-      Columns of up to 256 frames: `heatmaps` (n, 16, 64, 64) float32, rendered from the fits,
-      `ambiguous` (n,) bool, and those of `sequences.columns`.
+      Columns of up to 256 frames, with `heatmaps` rendered from the fits.
     """
     first_row = 0
     for sequence, arrays in _recordings(folder, sequences.table(split, subset)):

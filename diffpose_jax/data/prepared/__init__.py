@@ -6,8 +6,7 @@ from diffpose_jax.data.prepared.builder import (
     DetectionsConfig,
     Detector,
     Part,
-    default_config,
-    prepare,
+    listed,
     preparing,
 )
 from diffpose_jax.data.prepared.reader import Columns, all_of, find, fingerprint, opened, read
@@ -20,11 +19,10 @@ __all__ = [
     "Detector",
     "Part",
     "all_of",
-    "default_config",
     "find",
     "fingerprint",
+    "listed",
     "opened",
-    "prepare",
     "preparing",
     "read",
 ]

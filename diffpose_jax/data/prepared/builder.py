@@ -10,7 +10,6 @@ split, so that opening a split reads no heatmaps.
 from __future__ import annotations
 
 import abc
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -21,13 +20,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
-import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
@@ -81,8 +79,7 @@ class Part:
       name: no other part of the data set has it.
       split: where its examples go.
       read: gives its examples in chunks: all of the data set's columns, with either `heatmaps`
-        (n, 16, 64, 64) or, for the detector, `crops` (n, P, P, 3) uint8. It runs in a thread of
-        its own, beside the reads of other parts.
+        (n, 16, 64, 64) or, for the detector, `crops` (n, P, P, 3) uint8; runs in a thread.
     """
 
     name: str
@@ -104,11 +101,6 @@ class DetectionsConfig:
     def __post_init__(self) -> None:
         if self.max_dropped_mass is not None:
             check_range(self, max_dropped_mass=(0, 1 - 1e-9))
-
-
-def default_config(kind: type[DetectionsConfig]) -> ml_collections.ConfigDict:
-    """The fields of a data set's configuration with their defaults, for flags."""
-    return ml_collections.ConfigDict(dataclasses.asdict(kind()))
 
 
 class StoredHeatmaps(tfds.features.FeatureConnector):
@@ -145,36 +137,48 @@ class DetectionsBuilder(FileReaderBuilder):
     """Base of the builders; a data set gives `columns`, `parts`, and what else it has of its own.
 
     Its examples hold `heatmaps` and the data set's columns, in the order of the parts and, within
-    a part, in the order in which it is read. Its docstring's first line is the data set's
-    description. Its folder is named after `fields`, so that other fields make another data set.
+    a part, in the order in which it is read. Its folder is named after `fields`, so that other
+    fields make another data set.
 
     Args:
-      config: what the user chose, a `CONFIG`.
+      fields: what the user chose, a mapping to fields of `CONFIG`; the others keep their defaults.
       source: the user's copy, a folder or a file.
       detector: gives the heatmaps, where the parts hold crops.
       data_dir: folder of all data sets; by default where TFDS keeps them.
 
     Attributes:
-      fields: all that the examples depend on, by which `reader.find` tells data sets apart.
+      config: what the user chose.
+      fields: all that the examples depend on, by which `find` tells data sets apart.
+
+    Raises:
+      ConfigError: for a field that does not exist or does not fit.
+      ValueError: for a detector that does not fit.
     """
 
     VERSION = tfds.core.Version(reader.VERSION)
     CONFIG: type[DetectionsConfig] = DetectionsConfig
+    LABEL: tuple[str, ...] = ()
+    """Fields of the configuration whose values begin the name of the folder, for people."""
 
     def __init__(
         self,
-        config: Any,
+        fields: Any,
         source: str | Path = "",
         detector: Detector | None = None,
         data_dir: str | Path | None = None,
     ) -> None:
-        self.config, self.source, self.detector = config, Path(source), detector
+        self.config: Any = parse(self.CONFIG, fields, self.name)
+        self.source, self.detector = Path(source), detector
         self.fields = self.describe()
         self._detecting = threading.Lock()
         digest = hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:12]
-        named = tfds.core.BuilderConfig(name=f"{self.label()}_{digest}")
+        name = "_".join([*(str(self.fields[field]) for field in self.LABEL), digest])
         with quiet_tfds():
-            super().__init__(config=named, data_dir=data_dir, file_format="array_record")
+            super().__init__(
+                config=tfds.core.BuilderConfig(name=name),
+                data_dir=data_dir,
+                file_format="array_record",
+            )
 
     @abc.abstractmethod
     def columns(self) -> dict[str, tfds.features.FeatureConnector]:
@@ -184,23 +188,15 @@ class DetectionsBuilder(FileReaderBuilder):
     def parts(self) -> list[Part]:
         """All parts, in the order in which they are stored."""
 
-    def label(self) -> str:
-        """What the name of the data set's folder begins with, for people."""
-        return self.name
-
     def describe(self) -> dict[str, Any]:
-        """What `fields` is."""
+        """What `fields` is; ValueError says what does not fit the configuration."""
         fields = dataclasses.asdict(self.config)
         if self.detector is not None:
             fields |= {"detector": self.detector.fingerprint, "input_px": self.detector.input_px}
         return fields
 
     def check(self) -> None:
-        """Looks at all sources before hours are spent on the first of them.
-
-        Raises:
-          ValueError, FileNotFoundError: says what is missing or unreadable.
-        """
+        """Looks at all sources before hours are spent on the first of them."""
 
     def prepare(self) -> None:
         """Writes the data set if it is not there yet.
@@ -234,9 +230,6 @@ class DetectionsBuilder(FileReaderBuilder):
         del dl_manager, download_config
         self.check()
         parts = self.parts()
-        for name, times in collections.Counter(part.name for part in parts).items():
-            if times > 1:
-                raise ValueError(f"{times} parts have the name {name!r}")
         folder = self._parts_folder()
         self._write_parts(parts, folder)
         files: dict[str, list[Path]] = {}
@@ -383,39 +376,17 @@ def _save_columns(path: Path, pieces: list[Columns]) -> None:
     write_atomic(path, content.getvalue())
 
 
-def prepare(
-    builder: type[DetectionsBuilder],
-    fields: Any,
-    source: str | Path,
-    data_dir: str | Path | None = None,
-    detector: Detector | None = None,
-) -> DetectionsBuilder:
-    """Gives the builder of a data set, after writing it if it is not there yet.
-
-    Args:
-      builder: such as `human36m.Human36m`.
-      fields: a mapping to the fields of `builder.CONFIG`; what is missing keeps its default.
-      source: the user's copy, a folder or a file.
-      data_dir: folder of all data sets; by default where TFDS keeps them.
-      detector: gives the heatmaps, where the source holds pictures.
-
-    Raises:
-      ConfigError: for a field that does not exist or does not fit.
-      ValueError, FileNotFoundError, OSError: see `DetectionsBuilder.prepare`.
-    """
-    made = builder(parse(builder.CONFIG, fields, builder.name), source, detector, data_dir)
-    made.prepare()
-    return made
+def listed(names: Sequence[Any], most: int = 10) -> str:
+    """The first of many names, for messages."""
+    named = ", ".join(map(str, names[:most]))
+    return named + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextlib.contextmanager
 def preparing(folder: Path) -> Iterator[None]:
-    """What a data set is prepared in: one process at a time, without TFDS's messages.
+    """What a data set's folder is prepared in: by one process at a time, without TFDS's messages.
 
     At the end it removes what TFDS leaves behind when it is killed.
-
-    Args:
-      folder: the data set's, which need not be there yet.
 
     Raises:
       OSError: in place of the error that array_record has for a file that it cannot write.
