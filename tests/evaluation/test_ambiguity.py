@@ -1,9 +1,7 @@
 """The batched Gaussian fit against scipy's, map by map."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from diffpose_jax.evaluation.ambiguity import MAX_SIGMA_PX, fit_gaussians, is_ambiguous
@@ -61,7 +59,7 @@ def test_finds_exact_gaussians():
 
 
 def test_equals_scipy():
-    maps = random_maps(60, seed=1)
+    maps = random_maps(64, seed=1)
     sigma = np.asarray(fit_gaussians(maps).sigma_px)
     compared = 0
     for heatmap, mine in zip(maps, sigma, strict=True):
@@ -73,35 +71,14 @@ def test_equals_scipy():
 
 
 def test_fits_do_not_depend_on_the_batch():
-    maps = random_maps(70, seed=2)
-    together = fit_gaussians(maps.reshape(7, 10, 64, 64))
-    assert together.sigma_px.shape == (7, 10, 2)
-    assert together.angle.shape == (7, 10)
-    alone = fit_gaussians(maps[23:24])
-    np.testing.assert_allclose(together.sigma_px.reshape(70, 2)[23], alone.sigma_px[0], rtol=1e-4)
-
-
-def test_gradient_is_zero_at_the_solution():
-    def cost(parameters, heatmap):
-        amplitude, x0, y0, sigma_1, sigma_2, angle = parameters
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        along, across = cos * (X - x0) + sin * (Y - y0), -sin * (X - x0) + cos * (Y - y0)
-        model = jnp.exp(-(along**2) / 2 / sigma_1**2 - across**2 / 2 / sigma_2**2)
-        return jnp.sum((amplitude * model - heatmap) ** 2)
-
-    maps = random_maps(30, seed=3).astype(np.float32)
-    fit = fit_gaussians(maps)
-    packed = jnp.concatenate(
-        [fit.amplitude[:, None], fit.centre_xy, fit.sigma_px, fit.angle[:, None]], axis=-1
+    maps = random_maps(64, seed=2)
+    together = fit_gaussians(maps.reshape(4, 16, 64, 64))
+    assert together.sigma_px.shape == (4, 16, 2)
+    assert together.angle.shape == (4, 16)
+    others = fit_gaussians(maps[23::-1])
+    np.testing.assert_allclose(
+        together.sigma_px.reshape(64, 2)[:24], others.sigma_px[::-1], rtol=1e-4
     )
-    at_start = packed + jnp.array([[0.1, 0.5, 0.5, 0.5, 0.5, 0.1]])
-    gradient = jax.jit(jax.vmap(jax.grad(cost)))
-    # Relative to the gradient a small step away.
-    ratio = jnp.linalg.norm(gradient(packed, maps), axis=-1) / jnp.linalg.norm(
-        gradient(at_start, maps), axis=-1
-    )
-    assert float(jnp.median(ratio)) < 1e-3
-    assert float(ratio.max()) < 2e-2
 
 
 def test_degenerate_maps_are_finite_and_wide():
@@ -126,8 +103,3 @@ def test_is_ambiguous():
     frames[3, 3] = gaussian(0.5, 20, 40, 4.8, 4.8, 0)
     np.testing.assert_array_equal(is_ambiguous(frames), [False, True, True, False])
     np.testing.assert_array_equal(is_ambiguous(frames, 4.5), [False, True, True, True])
-
-
-def test_wrong_shape():
-    with pytest.raises(ValueError, match=r"must be \(..., H, W\)"):
-        fit_gaussians(np.zeros(64))

@@ -13,7 +13,12 @@ from diffpose_jax.evaluation.metrics import MetricSums, per_frame_metrics
 
 TRUTH = np.load(GOLDEN / "metrics_case.npz")["gt_mm"]
 per_frame = jax.jit(per_frame_metrics)
-compute = jax.jit(MetricSums.compute)
+
+
+def finalize(hypotheses, truth):
+    """The results of a few frames."""
+    sums = jax.tree.map(lambda x: np.sum(x, axis=0), per_frame(hypotheses, truth))
+    return MetricSums(len(truth), sums, hypotheses.shape[1]).finalize()
 
 
 def random_case(seed, B=6, M=8, spread=60):  # few shapes: each is compiled
@@ -23,9 +28,6 @@ def random_case(seed, B=6, M=8, spread=60):  # few shapes: each is compiled
     hypotheses = truth[:, None] + noise + rng.normal(size=(B, 1, 17, 3)) * spread
     hypotheses -= hypotheses[:, :, :1]
     return jnp.asarray(hypotheses, jnp.float32), jnp.asarray(truth)
-
-
-# --- brute force in float64 --------------------------------------------------------------
 
 
 def align_by_svd(pose, target):
@@ -107,8 +109,7 @@ def test_frames_match_brute_force(seed, M, spread):
 
 @pytest.mark.parametrize(
     ("largest", "score"),
-    [(0.0, 299.0), (0.999, 299.0), (1.0, 298.5), (1.5, 298.5), (150.2, 149.5), (298.0, 1.5),
-     (299.0, 0.5), (299.9, 0.5), (300.0, 0.0), (1e4, 0.0)],
+    [(0.999, 299.0), (1.0, 298.5), (150.2, 149.5), (299.9, 0.5), (300.0, 0.0), (1e4, 0.0)],
 )  # fmt: skip
 def test_cps_closed_form_equals_the_loop_over_thresholds(largest, score):
     errors = np.full((2, 17), 400.0, np.float32)
@@ -141,78 +142,29 @@ def test_best_at_many_hypotheses_stays_a_mean():
     assert metrics.best_at_sizes(30) == (1, 2, 5, 10, 20, 30)
 
 
-# --- invariants --------------------------------------------------------------------------
-
-
-def test_order_of_hypotheses_does_not_matter():
-    hypotheses, truth = random_case(5)
-    order = np.random.default_rng(6).permutation(8)
-    result, permuted = per_frame(hypotheses, truth), per_frame(hypotheses[:, order], truth)
-    for name, value in result.items():
-        np.testing.assert_allclose(permuted[name], value, atol=2e-4, err_msg=name)
-
-
-def test_aligned_metrics_ignore_similarities_of_the_hypotheses():
-    hypotheses, truth = random_case(7)
-    rotation = np.linalg.qr(np.random.default_rng(8).normal(size=(3, 3)))[0]
-    rotation *= np.linalg.det(rotation)
-    moved = jnp.float32(1.7 * np.asarray(hypotheses) @ rotation.T + [30, -20, 900])
-    result, after = per_frame(hypotheses, truth), per_frame(moved, truth)
-    for name in ("pa_mpjpe_best", "pa_mpjpe_mean", "cps_best"):
-        np.testing.assert_allclose(after[name], result[name], atol=2e-3, err_msg=name)
-    assert np.abs(after["mpjpe_best"] - result["mpjpe_best"]).min() > 1
-
-
 def test_a_single_hypothesis_scores_its_own_error():
-    result = per_frame(*random_case(9, M=1))
+    result = finalize(*random_case(9, M=1))
     for name in ("mpjpe_best", "mpjpe_median", "energy_score"):
-        np.testing.assert_allclose(result[name], result["mpjpe_mean"], rtol=1e-6)
-    sums = MetricSums(jnp.ones(()) * 6, jax.tree.map(lambda x: x.sum(0), result), 1)
-    assert not {"ece", "ece_quantile", "mpjpe_best_at"} & set(sums.finalize())
+        assert result[name] == pytest.approx(result["mpjpe_mean"], rel=1e-6)
+    assert not {"ece", "ece_quantile", "mpjpe_best_at"} & set(result)
 
 
-# --- sums --------------------------------------------------------------------------------
-
-
-def assert_same_results(result, expected):
-    assert result.keys() == expected.keys()
-    for name, value in expected.items():
-        if isinstance(value, dict):
-            assert result[name].keys() == value.keys()
-            value, result[name] = list(value.values()), list(result[name].values())
-        np.testing.assert_allclose(result[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def test_merging_splits_equals_one_batch():
+def test_sums_of_other_frames_are_added():
     hypotheses, truth = random_case(20)
-    whole = compute(hypotheses, truth).finalize()
-    parts = [compute(hypotheses[a:b], truth[a:b]) for a, b in ((0, 2), (2, 4), (4, 6))]
-    assert_same_results(parts[2].merge(parts[0]).merge(parts[1]).finalize(), whole)
-    on_host = [jax.tree.map(np.float64, jax.device_get(part)) for part in parts]
-    assert_same_results(on_host[0].merge(on_host[1]).merge(on_host[2]).finalize(), whole)
-
-
-def test_frames_of_weight_zero_have_no_effect():
-    hypotheses, truth = random_case(21)
-    used = jnp.arange(6) < 2
-    padded = compute(
-        jnp.where(used[:, None, None, None], hypotheses, jnp.nan),
-        jnp.where(used[:, None, None], truth, jnp.inf),
-        used,
-    )
-    assert_same_results(padded.finalize(), compute(hypotheses[:2], truth[:2]).finalize())
-
-
-def test_weights_count_frames_repeatedly():
-    hypotheses, truth = random_case(22)
-    repeated = np.array([0, 0, 0, 0, 2, 2])
-    weighted = compute(hypotheses, truth, jnp.array([2.0, 0, 1, 0, 0, 0])).finalize()
-    assert_same_results(weighted, compute(hypotheses[repeated], truth[repeated]).finalize())
+    frames = per_frame(hypotheses, truth)
+    parts = [
+        MetricSums(3, {name: np.sum(value[rows], 0) for name, value in frames.items()}, 8)
+        for rows in (slice(0, 3), slice(3, 6))
+    ]
+    merged, whole = jax.tree.map(np.add, *parts).finalize(), finalize(hypotheses, truth)
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        assert merged[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_results_are_the_means_of_the_frames():
     hypotheses, truth = random_case(23)
-    frames, result = per_frame(hypotheses, truth), compute(hypotheses, truth).finalize()
+    frames, result = per_frame(hypotheses, truth), finalize(hypotheses, truth)
     for name in set(result) - {"mpjpe_best_at", "ece", "ece_quantile"}:
         np.testing.assert_allclose(result[name], frames[name].mean(), rtol=1e-5)
     best_at = result["mpjpe_best_at"]
@@ -225,9 +177,6 @@ def test_results_are_the_means_of_the_frames():
     )
 
 
-# --- calibration -------------------------------------------------------------------------
-
-
 def gaussian_case(truth_spread_mm, spread_mm=50):
     """500 frames: 50 hypotheses of one spread around a mean, the truth of another."""
     rng = np.random.default_rng(30)
@@ -235,41 +184,19 @@ def gaussian_case(truth_spread_mm, spread_mm=50):
     hypotheses = mean[:, None] + rng.normal(size=(500, 50, 17, 3)) * spread_mm
     truth = mean + rng.normal(size=(500, 17, 3)) * truth_spread_mm
     hypotheses[:, :, 0] = truth[:, 0] = 0
-    return compute(jnp.float32(hypotheses), jnp.float32(truth)).finalize()
+    return finalize(jnp.float32(hypotheses), jnp.float32(truth))
 
 
-def test_truths_from_the_hypotheses_distribution_are_calibrated():
-    result = gaussian_case(50)
-    assert result["ece"] < 0.025
-    assert abs(result["ece_quantile"] - 0.5) < 0.025
-
-
-@pytest.mark.parametrize(("truth_spread_mm", "side"), [(120, -1), (15, 1)])
-def test_miscalibration_is_seen_and_has_a_side(truth_spread_mm, side):
-    result = gaussian_case(truth_spread_mm)
-    assert result["ece"] > 0.2
-    assert side * (result["ece_quantile"] - 0.5) > 0.2
+def test_miscalibration_is_seen_and_has_a_side():
+    honest, too_narrow, too_wide = (gaussian_case(truth_mm) for truth_mm in (50, 120, 15))
+    assert honest["ece"] < 0.025
+    assert abs(honest["ece_quantile"] - 0.5) < 0.025
+    assert min(too_narrow["ece"], too_wide["ece"]) > 0.2
+    assert too_narrow["ece_quantile"] < 0.3
+    assert too_wide["ece_quantile"] > 0.7
 
 
 def test_energy_score_prefers_the_true_spread():
     """It is proper: lowest for hypotheses from the distribution of the truths."""
     scores = {spread: gaussian_case(50, spread)["energy_score"] for spread in (25, 50, 100)}
     assert min(scores, key=scores.get) == 50
-
-
-# --- bad input ---------------------------------------------------------------------------
-
-
-def test_bad_input_is_named():
-    hypotheses, truth = random_case(40)
-    with pytest.raises(ValueError, match=r"\(6, 8, 16, 3\)"):
-        per_frame_metrics(hypotheses[:, :, 1:], truth[:, 1:])
-    with pytest.raises(ValueError, match=r"truth \(2, 17, 3\)"):
-        per_frame_metrics(hypotheses, truth[:2])
-    with pytest.raises(ValueError, match="one per frame"):
-        MetricSums.compute(hypotheses, truth, jnp.ones(2))
-    sums = compute(hypotheses, truth)
-    with pytest.raises(ValueError, match="8 and 9 hypotheses"):
-        sums.merge(sums.replace(num_hypotheses=9))
-    with pytest.raises(ValueError, match="no frames"):
-        compute(hypotheses, truth, jnp.zeros(6)).finalize()
