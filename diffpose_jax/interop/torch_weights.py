@@ -69,8 +69,7 @@ _UNUSED = re.compile(
 def unused(names: Iterable[str]) -> list[str]:
     """Those of a released state dict's tensors that have no place in the parameters.
 
-    They are the BatchNorm of the residual blocks and `conf_out`, which the published program
-    never calls, and constants that the configuration gives here.
+    The published program never calls them, or the configuration gives them here.
     """
     return [name for name in names if _UNUSED.fullmatch(name)]
 
@@ -101,30 +100,24 @@ def read_file(path: str | Path) -> Any:
     try:
         if zipfile.is_zipfile(path):  # files before PyTorch 1.6 are no archives
             with zipfile.ZipFile(path) as archive:
-                if (
-                    sum(member.file_size for member in archive.infolist())
-                    > Path(path).stat().st_size
-                ):
-                    raise ValueError("it is packed, as PyTorch's files are not")
+                size = sum(member.file_size for member in archive.infolist())
+            if size > Path(path).stat().st_size:
+                raise ValueError("it is packed, as PyTorch's files are not")
         return arrays(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise WeightsError(f"{path} does not exist") from error
     except Exception as error:  # of many kinds, for a damaged file also bare ones
         # Not PyTorch's own words: they advise to let the file run code.
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"holds {forbidden[1]}" if forbidden else f"cannot be read ({type(error).__name__})"
-        )
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"holds {held[1]}" if held else f"cannot be read ({type(error).__name__})"
         raise WeightsError(f"{path} is not a PyTorch file of tensors alone: {reason}") from error
 
 
 def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) -> None:
     """Writes parameters, as raw and as averaged weights, in the layout that was released."""
     torch = extras.load("torch", "torch")
-    model = {
-        name: torch.from_numpy(np.array(value))
-        for name, value in state_dict(params, schedule).items()
-    }
+    arrays = state_dict(params, schedule)
+    model = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
     ema = {"initted": torch.tensor([True]), "step": torch.tensor([0])}
     for name, tensor in model.items():
         ema |= {f"online_model.{name}": tensor, f"ema_model.{name}": tensor}
@@ -134,44 +127,35 @@ def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) 
 
 
 def released_tensors(content: Any, weights: str = "raw") -> dict[str, np.ndarray]:
-    """The state dict in what `read_file` gave: a released file, or nothing but a state dict.
-
-    Args:
-      content: of the file.
-      weights: "raw" or "ema".
+    """The "raw" or "ema" state dict in what `read_file` gave, which may be nothing but a raw one.
 
     Raises:
       WeightsError: if it holds no such weights.
     """
     if not isinstance(content, dict):
         raise WeightsError(f"holds a {type(content).__name__}, not a dictionary of tensors")
-    tensors = content
+    prefix = ""
     if "model" in content or "ema" in content:
         item, prefix = {"raw": ("model", ""), "ema": ("ema", "ema_model.")}[weights]
-        if not isinstance(content.get(item), dict):
+        content = content.get(item)
+        if not isinstance(content, dict):
             raise WeightsError(f"holds no {weights} weights: {item!r} is missing")
-        tensors = {
-            str(name).removeprefix(prefix): tensor
-            for name, tensor in content[item].items()
-            if str(name).startswith(prefix)
-        }
     elif weights != "raw":
         raise WeightsError(f"is a plain state dict, it holds no {weights} weights")
-    others = [
-        str(name)[:60] for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)
-    ]
+    tensors = {
+        str(name).removeprefix(prefix): tensor
+        for name, tensor in content.items()
+        if str(name).startswith(prefix)
+    }
+    others = [name[:60] for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]
     if others or not tensors:
         what = f"{', '.join(others[:5])} are no tensors" if others else "it is empty"
         raise WeightsError(f"is no state dict: {what}")
-    return {str(name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def check_schedule(tensors: Mapping[str, np.ndarray], schedule: Schedule) -> None:
-    """Compares the noise schedule beside released weights, if there is one, with another.
-
-    Raises:
-      WeightsError: if they differ.
-    """
+    """Raises WeightsError if a noise schedule beside released weights is another than this."""
     betas = tensors.get("betas", schedule.betas)
     if np.shape(betas) != schedule.betas.shape or not np.allclose(betas, schedule.betas, 1e-5, 0):
         raise WeightsError(
@@ -181,13 +165,12 @@ def check_schedule(tensors: Mapping[str, np.ndarray], schedule: Schedule) -> Non
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a released state dict to float32 parameters.
+    """Converts a released state dict to float32 parameters; what `unused` names is dropped.
 
     Args:
-      tensors: the state dict's arrays by name; those that `unused` names are dropped.
+      tensors: the state dict's arrays by name.
       expected: the network's parameters or their shapes,
-        `jax.eval_shape(network.init, jax.random.key(0))`. They say how many layers, blocks and
-        heads there are.
+        `jax.eval_shape(network.init, jax.random.key(0))`.
 
     Raises:
       WeightsError: names the tensors that are unknown, missing or wrongly shaped.
@@ -215,15 +198,10 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Converts parameters to the float32 parameter tensors of the published program, by name.
 
     What the program has but never calls gets neutral values: scale 1 and bias 0 for the
-    BatchNorm of the residual blocks, 0 for `conf_out`.
-
-    Raises:
-      WeightsError: if they are of an encoder that the published program does not have.
+    BatchNorm of the residual blocks, 0 for `conf_out`. A WeightsError if it has no such encoder.
     """
-    flat = {
-        path: np.asarray(leaf, np.float32)
-        for path, leaf in traverse_util.flatten_dict(params).items()
-    }
+    leaves = traverse_util.flatten_dict(params)
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
     if _JOINTS not in flat:
         raise WeightsError('the published program has no other encoder than the "embedding"')
     flat[_INPUT] = np.concatenate([flat[_INPUT], flat.pop(_CONDITION)])
@@ -265,7 +243,7 @@ def _torch_shape(path: ParamPath, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
 
 
-_NAMES = {
+_NAMES: dict[ParamPath, str] = {
     ("encoder", "cross_spatial"): "condition_emb.pos_proj",
     ("encoder", "cross_spatial_bias"): "condition_emb.pos_proj",
     ("encoder", "joint_embedding"): "condition_emb.joint_embedding",
