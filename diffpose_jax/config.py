@@ -117,7 +117,7 @@ class TrainingConfig:
         check_range(
             self,
             **dict.fromkeys(positive, (1, most)),
-            learning_rate=(1e-12, 1e3),
+            learning_rate=(1e-12, 1e30),
             warmup_steps=(0, self.num_steps - 1),
             ema_decay=(0, 1 - 1e-9),
         )

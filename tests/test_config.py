@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_named(changes, problem):
         ("training", {"num_steps": 1 << 31}, "must be 1 to 2147483647, not 2147483648"),
         ("training", {"checkpoint_every": 7}, "= 7 must be a multiple of steps_per_dispatch"),
         ("training", {"warmup_steps": 20}, "must be 0 to 19, not 20"),
-        ("training", {"learning_rate": 0.0}, "must be 1e-12 to 1000.0, not 0.0"),
+        ("training", {"learning_rate": 0.0}, "must be 1e-12 to 1e+30, not 0.0"),
         ("training", {"ema_decay": 1.0}, "must be 0 to 0.999999999, not 1.0"),
         ("training", {"decay": "linear"}, "must be one of constant, cosine, not 'linear'"),
         ("data", {"name": "coco"}, "must be one of motion, human36m, mpi_inf_3dhp, not 'coco'"),

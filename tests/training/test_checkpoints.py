@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small import examples, model_of, network, small_config
+from small import examples, parsed, small_config
 
 import diffpose_jax
 import experiments
+from diffpose_jax.inference import Model
 from diffpose_jax.io.trees import CheckpointError
+from diffpose_jax.method import network as network_lib
 from diffpose_jax.training import checkpoints
-from diffpose_jax.training import step as training
+from diffpose_jax.training.loop import NonFiniteLossError
+from diffpose_jax.training.step import Trainer, TrainState
 
 KEY = jax.random.key(0)
 
@@ -34,14 +37,15 @@ def quiet_orbax():
     sys.unraisablehook = usual
 
 
-def make_config(**training_changes):
+def make_config(changes=(), **training_changes):
     config = small_config(ema_decay=0.9, **training_changes)
     config.model.update(encoder_layers=0, joint_dropout=0.0)
-    return config
+    config.update_from_flattened_dict(dict(changes))
+    return parsed(config)
 
 
 def make_trainer(config):
-    return training.from_config(network(config), config.training)
+    return Trainer(network_lib.build(config.model), config.training)
 
 
 @functools.cache
@@ -98,7 +102,7 @@ def restore(folder, config=None):
 
 def test_restored_to_the_bit(written):
     restored = restore(written)
-    assert isinstance(restored, training.TrainState)
+    assert isinstance(restored, TrainState)
     assert_same_bits(restored, states()[2])
 
 
@@ -119,8 +123,7 @@ def test_nothing_to_restore(tmp_path):
 
 
 def test_no_moving_average(tmp_path):
-    config = make_config()
-    config.training.ema_decay = 0.0
+    config = make_config({"training.ema_decay": 0.0})
     state = on_device(states()[1]).replace(ema=None)
     with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
         saved.save(state)
@@ -130,8 +133,7 @@ def test_no_moving_average(tmp_path):
 
 
 def test_the_scale_of_a_float16_loss(tmp_path):
-    config = make_config()
-    config.model.matmul_dtype = "float16"
+    config = make_config({"model.matmul_dtype": "float16"})
     first = make_trainer(config).init(KEY)
     assert states()[1].loss_scale is None
     scale = first.loss_scale.replace(scale=jnp.float32(512.0), fin_steps=jnp.int32(1234))
@@ -174,9 +176,8 @@ def test_saving_a_step_again_leaves_it(run_folder):
 
 
 def test_another_configuration_is_refused(written):
-    config = make_config(learning_rate=5e-3)
-    config.seed = 7
-    config.data.builder.simulator.error = 0.5
+    changes = {"seed": 7, "data.builder.simulator.error": 0.5}
+    config = make_config(changes, learning_rate=5e-3)
     with pytest.raises(CheckpointError) as error:
         restore(written, config)
     message = str(error.value)
@@ -187,20 +188,8 @@ def test_another_configuration_is_refused(written):
     assert "--workdir" in message
 
 
-def test_tuples_come_back_as_tuples(tmp_path):
-    config = make_config()
-    config.data.names = ("a", ("b", 1))
-    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
-        saved.save(on_device(states()[1]))
-    assert_same_bits(restore(tmp_path, config), states()[1])
-    assert checkpoints.load(tmp_path).config == config
-    assert checkpoints.load(tmp_path).config.data.names == ("a", ("b", 1))
-
-
 def test_another_evaluation_is_accepted(written):
-    config = make_config()
-    config.evaluation.num_hypotheses = 3
-    config.evaluation.weights = "ema"
+    config = make_config({"evaluation.num_hypotheses": 3, "evaluation.weights": "ema"})
     assert_same_bits(restore(written, config), states()[2])
 
 
@@ -226,7 +215,7 @@ def test_load_from_every_folder(written, tmp_path):
         model = diffpose_jax.load(folder)
         assert_same_bits(model.params, state.params)
         assert model.config == make_config()
-    checkpoints.export(model, tmp_path / "export")
+    diffpose_jax.export(model, tmp_path / "export")
     exported = diffpose_jax.load(tmp_path / "export")
     assert_same_bits(exported.params, states()[1].params)
     assert exported.config == make_config()
@@ -235,9 +224,9 @@ def test_load_from_every_folder(written, tmp_path):
 def test_a_loaded_model_samples_as_the_one_saved(written, tmp_path):
     config = make_config()
     maps = examples(0, 1).heatmaps(np.arange(1))
-    loaded = checkpoints.load(written)
-    original = model_of(config, KEY)
-    original = type(original)(original.network, on_device(states()[2].params), config)
+    loaded = diffpose_jax.load(written)
+    network = network_lib.build(config.model)
+    original = Model(network, on_device(states()[2].params), config)
     a, b = (np.asarray(model.sample(KEY, maps, 2)) for model in (loaded, original))
     assert a.tobytes() == b.tobytes()
 
@@ -247,26 +236,25 @@ def test_raw_and_ema_weights(tmp_path, written):
     assert make_config().evaluation.weights == "raw"
     assert_same_bits(checkpoints.load(written, "raw").params, raw)
     assert_same_bits(checkpoints.load(written, "ema").params, ema)
-    config = make_config()
-    config.evaluation.weights = "ema"
+    config = make_config({"evaluation.weights": "ema"})
     run = write_run(tmp_path / "run", config)
     assert_same_bits(checkpoints.load(run).params, ema)
     assert_same_bits(checkpoints.load(run, "raw").params, raw)
     # An export holds what it was made from, whatever its configuration says.
-    checkpoints.export(checkpoints.load(run, "raw"), tmp_path / "export")
+    diffpose_jax.export(diffpose_jax.load(run, "raw"), tmp_path / "export")
     assert_same_bits(checkpoints.load(tmp_path / "export").params, raw)
     with pytest.raises(CheckpointError, match="weights must be raw or ema, not 'best'"):
         checkpoints.load(run, "best")
 
 
 def test_export_is_small_and_refuses_what_is_there(written, tmp_path):
-    model = checkpoints.load(written)
-    checkpoints.export(model, tmp_path / "export")
+    model = diffpose_jax.load(written)
+    diffpose_jax.export(model, tmp_path / "export")
     size = sum(p.stat().st_size for p in (tmp_path / "export").rglob("*") if p.is_file())
     parameters = sum(x.size for x in jax.tree.leaves(model.params))
     assert size < 4 * parameters + 50_000
     with pytest.raises(CheckpointError, match=r"export is there already"):
-        checkpoints.export(model, tmp_path / "export")
+        diffpose_jax.export(model, tmp_path / "export")
 
 
 def test_missing(tmp_path):
@@ -449,7 +437,7 @@ def test_other_data_is_refused(tmp_path):
         saved.trains_on("abc")
         saved.save(on_device(states()[1]))
     assert checkpoints.load(tmp_path).data_fingerprint == "abc"
-    checkpoints.export(checkpoints.load(tmp_path), tmp_path / "export")
+    diffpose_jax.export(diffpose_jax.load(tmp_path), tmp_path / "export")
     assert checkpoints.load(tmp_path / "export").data_fingerprint == "abc"
     with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
         saved.restore_latest(make_trainer(make_config()).init(KEY))
@@ -463,7 +451,7 @@ def test_a_state_that_is_not_finite_is_not_saved(run_folder):
     params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.inf), state.params)
     with (
         checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), 2) as saved,
-        pytest.raises(training.NonFiniteLossError, match="update of the params of step 30"),
+        pytest.raises(NonFiniteLossError, match="update of the params of step 30"),
     ):
         saved.save(state.replace(params=params))
     assert_same_bits(restore(run_folder), states()[2])
@@ -486,11 +474,11 @@ def test_shape_mismatch_is_named(run_folder):
     rewrite_metadata(run_folder, lambda m: m["config"]["model"].update(denoiser_width=24))
     with pytest.raises(
         CheckpointError,
-        match=r"params do not fit: denoiser.blocks_0_0.bias has shape \(16,\), not \(24,\)",
+        match=r"params do not fit: denoiser.blocks_0_0.bias is \(16,\), not \(24,\)",
     ):
         checkpoints.load(run_folder)
     rewrite_metadata(
         run_folder, lambda m: m["config"]["model"].update(denoiser_width=16, denoiser_blocks=2)
     )
-    with pytest.raises(CheckpointError, match=r"denoiser.blocks_1_0.bias is missing, not \(16,\)"):
+    with pytest.raises(CheckpointError, match=r"denoiser.blocks_1_0.bias is missing"):
         checkpoints.load(run_folder)
