@@ -23,30 +23,15 @@ import ml_collections
 import numpy as np
 import programs
 import pytest
-import scipy.io
 from fuzzing import Target, binary, json_lines, json_object, packed, text
-from human36m_files import (
-    flow_content,
-    pictures_of,
-    recording_poses,
-    released_rows,
-    write_cdf,
-    write_released,
-    write_video,
-)
-from motion_files import CMU_BONES, CMU_HIERARCHY, amc_text, asf_text, cmu_frame
+from motion_files import CMU_BONES, CMU_HIERARCHY, amc_text, asf_text, cmu_bvh, cmu_frame, lafan1
 from PIL import Image
 from small import distinct_config, small_network
-from test_mpi_inf_3dhp import arrays, write_mat
-from test_skeletons import cmu_bvh, lafan1
 from test_tensorflow_js import TENSORS, content, entries
 
 from diffpose_jax import detectors
-from diffpose_jax.data import compact, lsp, motion
-from diffpose_jax.data.human36m import raw, released, sequences
-from diffpose_jax.data.human36m import wehrbein as flow
+from diffpose_jax.data import compact, motion
 from diffpose_jax.data.motion.skeletons import CMU_BVH
-from diffpose_jax.data.mpi_inf_3dhp import annotations
 from diffpose_jax.detectors import tensorflow_js
 from diffpose_jax.evaluation import aggregation
 from diffpose_jax.evaluation import baselines as controls
@@ -181,112 +166,6 @@ def skeleton_json():
         lambda path: motion.read_clip(path.with_name("a.bvh")),
         check_clip,
     )
-
-
-def poses_are_finite(parts):
-    return all_finite(np.concatenate([[0.0], *(part["pose_mm"].ravel() for part in parts)]))
-
-
-def read_released(path):
-    released.check(path, "standard")
-    columns = []
-    for split in ("train", "test"):
-        for piece in released.pieces(path, "standard", split):
-            columns += released.read(path, "standard", split, piece)
-    return columns
-
-
-@target
-def human36m_released_h5():
-    seeds = []
-    with tempfile.TemporaryDirectory() as folder:
-        for compression in (5, None):
-            path = Path(folder, f"{compression}.h5")
-            tables = {f"{name}set": released_rows(name, 2) for name in ("train", "test")}
-            for rows in tables.values():
-                rows["heatmap"][:, :, 1:] = 0  # less to compress
-            write_released(path, compression, **tables)
-            seeds.append(path.read_bytes())
-    return Target({"h36m.h5": seeds}, {"h36m.h5": binary}, read_released, poses_are_finite)
-
-
-@target
-def mpi_inf_3dhp_mat():
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "annot_data.mat")
-        write_mat(path, arrays("TS1"))
-        files = {"TS1/annot_data.mat": [path.read_bytes()]}
-    files |= {f"TS1/imageSequence/img_{frame:06d}.jpg": [b""] for frame in (1, 2, 3)}
-    return Target(
-        files,
-        {"TS1/annot_data.mat": binary},
-        lambda path: annotations._read(path.parent, "univ_annot3"),
-        lambda recording: all_finite(recording.pose_mm),
-    )
-
-
-@target
-def lsp_mat():
-    joints = np.random.default_rng(0).uniform(0, 100, (14, 3, 4))
-    seeds = []
-    for compression in (False, True):
-        content = io.BytesIO()
-        scipy.io.savemat(content, {"joints": joints}, do_compression=compression)
-        seeds.append(content.getvalue())
-    return Target({"joints.mat": seeds}, {"joints.mat": binary}, lsp._read_joints)
-
-
-@functools.cache
-def recording_files():
-    """A recording of Human3.6M: two CDF files and a video."""
-    keypoints_px, points_mm = recording_poses(np.random.default_rng(0), 8)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_cdf(folder / "d2.cdf", keypoints_px.reshape(1, 8, 64))
-        write_cdf(folder / "d3.cdf", points_mm.reshape(1, 8, 96))
-        write_video(folder / "video.mp4", pictures_of(keypoints_px))
-        return contents(folder)
-
-
-def read_recording(path):
-    files = (path.with_name(name) for name in ("d2.cdf", "d3.cdf", "video.mp4"))
-    sequence = sequences.Sequence("S1", "Walking", 0, sequences.CAMERAS[0])
-    recording = raw.Recording(sequence, *files)
-    frames = raw.count_frames(recording.video)
-    if frames < 8:
-        raise ValueError(f"{path}: {frames} frames")  # what `raw.check` would say
-    return list(raw.read(recording, 0, "all_joints", 32))
-
-
-@target
-def human36m_cdf():
-    files = recording_files()
-    return Target(
-        {name: files[name] for name in ("d2.cdf", "d3.cdf")},
-        {"d2.cdf": binary, "d3.cdf": binary},
-        lambda path: raw.read_poses(path, int(path.stem[1])),
-        all_finite,
-    )
-
-
-@target
-def human36m_video():
-    return Target(recording_files(), {"video.mp4": binary}, read_recording)
-
-
-def read_flow(path):
-    return list(flow.read(path.parent, "standard", "test"))
-
-
-@target
-def human36m_flow_pickle():
-    full, empty = (flow_content("test", frames) for frames in (2, 0))
-    # Two recordings are enough to render.
-    for camera in list(full["S9"]["Directions"]["0"])[:2]:
-        empty["S9"]["Directions"]["0"][camera] = full["S9"]["Directions"]["0"][camera]
-    seeds = [pickle.dumps(empty, protocol=protocol) for protocol in (4, 3, 5)]
-    name = flow.FILES["test"]
-    return Target({name: seeds}, {name: binary}, read_flow, poses_are_finite)
 
 
 @target
