@@ -26,10 +26,8 @@ def get_config(name):
     config = small_config(num_steps=4, steps_per_dispatch=2, checkpoint_every=4)
     config.model.update(encoder_layers=0, diffusion_steps=4)
     config.data.builder.update(source={source!r}, train_views_per_frame=1, test_views_per_frame=1)
-    config.evaluation.num_hypotheses = {{"two": 2, "three": 3, "broken": 2}}[name]
+    config.evaluation.num_hypotheses = {{"two": 2, "three": 3}}[name]
     config.evaluation.report_frames = 1
-    if name == "broken":
-        config.model.num_candidates = 0
     return config
 """
 
@@ -50,27 +48,16 @@ def test_rows_are_configurations_and_a_table_is_its_rows():
 
 
 def test_a_configuration_named_twice_is_one_row():
-    rows = sweep.expand(["configs/ablations.py:components", "configs/ablations.py:embedding"])
-    assert len(rows) == len({*ablations.TABLES["components"], *ablations.TABLES["embedding"]})
+    full = "configs/ablations.py:full"
+    assert sweep.expand([full, full]) == {"full": full}
     with pytest.raises(ConfigError, match=r"ablations.py:full and .*quickstart/full are both call"):
-        sweep.expand(["configs/ablations.py:full", f"{SPEC}full"])
-
-
-def load_rows(*names):
-    return {name: sweep.load_config(f"{SPEC}{name}") for name in names}
+        sweep.expand([full, f"{SPEC}full"])
 
 
 def test_configurations_that_differ_in_hypotheses_share_a_training():
-    rows = load_rows("full", "without_argmax", "candidates_32", "hypotheses_10",
-                     "diffusion_steps_50", "candidates_32_without_argmax")  # fmt: skip
-    assert sweep.trained_by(rows) == {
-        "full": "full",
-        "without_argmax": "without_argmax",
-        "candidates_32": "full",
-        "hypotheses_10": "full",
-        "diffusion_steps_50": "diffusion_steps_50",
-        "candidates_32_without_argmax": "without_argmax",
-    }
+    names = ("full", "without_argmax", "candidates_32", "hypotheses_10")
+    rows = {name: sweep.load_config(f"{SPEC}{name}") for name in names}
+    assert list(sweep.trained_by(rows).values()) == ["full", "without_argmax", "full", "full"]
     assert rows["hypotheses_10"].evaluation.num_hypotheses == 10  # left as it was
     rows["candidates_32"].seed = 9
     assert sweep.trained_by(rows)["candidates_32"] == "candidates_32"
@@ -223,15 +210,11 @@ def run_sweep(*arguments):
 def test_a_sweep(tmp_path):
     config, output = tmp_path / "tiny.py", tmp_path / "output"
     config.write_text(CONFIG.format(source=str(write_motion(tmp_path / "motion"))))
-    names = ("two", "three", "broken")
     done = run_sweep(
-        *("--configs", ",".join(f"{config}:{name}" for name in names), "--seeds", "3"),
-        *("--output", output, "--data_dir", tmp_path / "data", "--"),
-        *("--config.model.diffusion_steps=3", "--config.evaluation.batch_size=4"),
+        *("--configs", f"{config}:two,{config}:three", "--seeds", "3", "--output", output),
+        *("--data_dir", tmp_path / "data", "--", "--config.model.diffusion_steps=3"),
     )
-    assert done.returncode == 1, done.stderr
-    assert "error: not finished: broken, seed 3. The same command does these" in done.stderr
-    assert "num_candidates must be 1 to 4096, not 0" in done.stderr
+    assert done.returncode == 0, done.stderr
     table = (output / "table.md").read_text()
     assert table in done.stdout
     for name, number in (("two", 2), ("three", 3)):
@@ -240,23 +223,14 @@ def test_a_sweep(tmp_path):
         assert "regression" not in results["subsets"]["all"]
         best = results["subsets"]["all"]["model"]["mpjpe_best"]
         assert f"| {name} | {best:.1f} | " in table
-    assert "| broken |  |  |" in table
     assert not (output / "three" / "seed_3" / "checkpoints").exists()
     trained = json.loads((output / "two" / "seed_3" / "config.json").read_text())
     assert (trained["seed"], trained["model"]["diffusion_steps"]) == (3, 3)
     lines = (output / "table_all.csv").read_text().splitlines()
-    counts = [line.split(",")[:2] for line in lines[1:]]
-    assert counts == [["two", "1"], ["three", "1"], ["broken", "0"]]
+    assert [line.split(",")[:2] for line in lines[1:]] == [["two", "1"], ["three", "1"]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["--configs", "a.py"], "--configs and --output are needed"),
-        (["--configs", "a.py", "--output", "x", "--seeds", "one"], "--seeds must be integers"),
-    ],
-)
-def test_wrong_arguments(arguments, problem):
-    done = run_sweep(*arguments)
+def test_wrong_arguments():
+    done = run_sweep("--configs", "a.py", "--output", "x", "--seeds", "one")
     assert done.returncode != 0
-    assert problem in done.stderr + done.stdout
+    assert "--seeds must be integers, not one" in done.stderr + done.stdout

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffpose_jax.evaluation.calibration import SinglePose
 from diffpose_jax.report.page import ReportExample, write_report
-from diffpose_jax.skeleton import NUM_JOINTS
+from diffpose_jax.skeleton import H36M_LEFT, H36M_RIGHT, NUM_JOINTS
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -40,7 +40,6 @@ addEventListener("load", async () => {
     view.dispatchEvent(new PointerEvent(type, at));
   };
   await keep("start");
-  await keep("same");
   seen.text = document.body.innerText;
   seen.title = document.title;
   seen.width = find("figure:not([hidden]) img").naturalWidth;
@@ -64,7 +63,8 @@ addEventListener("load", async () => {
   await keep("front");
   const { width, height } = view;
   const pixels = view.getContext("2d").getImageData(0, 0, width, height).data;
-  for (let i = 0; !seen.tip; i += 4) // the first dark pixel is the ring around the topmost joint
+  // The first dark pixel is of the ring around the topmost joint.
+  for (let i = 0; i < pixels.length && !seen.tip; i += 4)
     if (pixels[i + 3] > 200 && Math.max(...pixels.slice(i, i + 3)) < 40) {
       pointer("pointermove", (i / 4) % width, Math.floor(i / 4 / width) + 4);
       await frame(); await frame();
@@ -79,30 +79,24 @@ addEventListener("load", async () => {
 });
 </script></head>"""
 
-STANDING_XY_MM = np.array(
-    [[0, 0], [-130, 0], [-140, -430], [-150, -850], [130, 0], [140, -430], [150, -850], [0, 230],
-     [0, 480], [0, 560], [0, 670], [150, 450], [300, 250], [320, 0], [-150, 450], [-300, 250],
-     [-320, 0]]
-)  # fmt: skip
+HEIGHT_MM = [0, 0, -430, -850, 0, -430, -850, 230, 480, 560, 670, 450, 250, 0, 450, 250, 0]
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What a visit to a prediction's page shows: a standing person, without truth."""
     folder = tmp_path_factory.mktemp("page")
-    pose_mm = np.concatenate([STANDING_XY_MM, np.zeros((NUM_JOINTS, 1))], axis=1)
+    pose_mm = np.zeros((NUM_JOINTS, 3))
+    pose_mm[:, 1] = HEIGHT_MM
+    pose_mm[H36M_LEFT, 0], pose_mm[H36M_RIGHT, 0] = 150, -150
     spread = np.where(np.arange(NUM_JOINTS)[:, None] % 3 == 0, 90, 20)
     noise = np.random.default_rng(0).normal(size=(30, NUM_JOINTS, 3))
     meaning = "the joint lies within the radius in 90% of cases (by 500 frames)"
     chosen = SinglePose(pose_mm, np.linspace(0, 160, NUM_JOINTS), 0.9, "mean", meaning)
     Image.new("RGB", (300, 100), "teal").save(folder / "poses.png")
     name = "photo <1>.jpg"
-    example = ReportExample(
-        name, pose_mm + noise * spread, figure=folder / "poses.png", chosen=chosen
-    )
-    page = write_report(
-        folder / "pose.html", title=name, results={"num_hypotheses": 30}, examples=[example]
-    )
+    example = ReportExample(name, pose_mm + noise * spread, None, folder / "poses.png", chosen)
+    page = write_report(folder / "pose.html", title=name, examples=[example])
     (folder / "poses.png").unlink()  # the page must do without
     page.write_text(page.read_text().replace("</head>", VISIT))
     command = [
@@ -118,8 +112,8 @@ def seen(tmp_path_factory):
 
 
 def pixels(url):
-    with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
-        return np.array(image.convert("RGBA"))
+    png = io.BytesIO(base64.b64decode(url.split(",")[1]))
+    return np.array(Image.open(png).convert("RGBA"))
 
 
 def difference(a, b):
@@ -135,7 +129,6 @@ def test_the_canvas_is_drawn(seen):
     ink = (canvas[..., :3] < 40).all(-1) & (canvas[..., 3] > 200)
     assert ink.sum() > 500  # the chosen pose
     assert np.ptp(np.nonzero(ink)[0]) > canvas.shape[0] / 2
-    np.testing.assert_array_equal(seen["canvases"]["same"], canvas)
 
 
 def test_what_it_says(seen):

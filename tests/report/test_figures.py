@@ -17,12 +17,10 @@ from diffpose_jax.report import figures
 from diffpose_jax.skeleton import H36M_JOINTS, H36M_LEFT, H36M_MIRROR, H36M_RIGHT, MPII_TO_H36M
 
 RESULTS = {
-    "num_hypotheses": 200,
     "subsets": {
         "all": {
             "frames": 640,
             "model": {"mpjpe_best": 43.0, "mpjpe_best_at": {"1": 72.0, "10": 55.0, "200": 43.0}},
-            "gaussian": {"mpjpe_best_at": {"1": 90.0, "200": 60.0}},
             "regression": {"mpjpe_best": 62.0},
             "mean_pose": {"mpjpe_best": 140.0},
         },
@@ -57,7 +55,7 @@ CHOSEN = SinglePose(
 def plot_all():
     levels = np.linspace(0, 1, 11)
     return {
-        "example": figures.plot_example(**FRAME, title="S9 Walking, frame 64"),
+        "example": figures.plot_example(**FRAME, title=r"S9 a_$\frac{$ b"),
         "chosen": figures.plot_example(**FRAME, chosen=CHOSEN),
         "min_mpjpe": figures.plot_min_mpjpe(figures.min_mpjpe_curves(RESULTS)),
         "no curves": figures.plot_min_mpjpe({}),
@@ -74,7 +72,10 @@ def example():
 
 
 def test_every_text_lies_inside_its_figure_and_no_labels_overlap():
-    for name, figure in plot_all().items():
+    settings = dict(matplotlib.rcParams)
+    drawn = plot_all()
+    assert dict(matplotlib.rcParams) == settings
+    for name, figure in drawn.items():
         figure.draw_without_rendering()
         texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
         # Tick labels outside the view are laid out but not drawn.
@@ -124,18 +125,14 @@ def scatters(axes):
 def test_example_puts_candidates_and_argmax_on_their_cells(example):
     drawn, argmax = scatters(example.axes[0])
     cells, likelihood = FRAME["candidates"].cells, FRAME["candidates"].likelihood
+    columns_rows = np.stack([cells % 64, cells // 64], -1)
     colours = [figures.GROUP_COLOURS[figures.JOINT_GROUPS[joint]] for joint in MPII_TO_H36M]
-    expected = {
-        (cell % 64, cell // 64, colours[joint])
-        for joint in range(16)
-        for cell in cells[:, joint].tolist()
-    }
-    offsets, sizes = drawn.get_offsets(), drawn.get_sizes()
-    found = zip(offsets, map(to_hex, drawn.get_facecolors()), strict=True)
-    assert {(x, y, colour) for (x, y), colour in found} == expected
-    largest = {(x, y) for x, y in offsets[sizes == sizes.max()]}
-    best = cells[likelihood.argmax(0), np.arange(16)].tolist()
-    assert largest == {(cell % 64, cell // 64) for cell in best}
+    found = zip(drawn.get_offsets().tolist(), map(to_hex, drawn.get_facecolors()), strict=True)
+    expected = [(xy, colours[j]) for row in columns_rows.tolist() for j, xy in enumerate(row)]
+    assert sorted(found) == sorted(expected)
+    largest = drawn.get_offsets()[drawn.get_sizes() == drawn.get_sizes().max()]
+    best = columns_rows[likelihood.argmax(0), np.arange(16)]
+    assert sorted(largest.tolist()) == sorted(best.tolist())
     for joint, (x, y) in enumerate(argmax.get_offsets()):
         assert FRAME["heatmaps"][joint, int(y), int(x)] == 0.9
 
@@ -197,15 +194,9 @@ def test_left_and_right_differ_and_mirror():
         assert (mirrored == group) == (side == "trunk")
 
 
-def test_titles_are_literal():
-    figure = figures.plot_example(**FRAME, title=r"a_$\frac{$ b")
-    assert len(figures.figure_bytes(figure, dpi=40)) > 1000
-
-
 def test_min_mpjpe_curves_take_what_is_there():
     assert figures.min_mpjpe_curves(json.loads(json.dumps(RESULTS))) == {
         "model, all": {1: 72.0, 10: 55.0, 200: 43.0},
-        "gaussian, all": {1: 90.0, 200: 60.0},
         "regression, all": {1: 62.0},
         "model, ambiguous": {1: 99.0, 200: 62.5},
     }
@@ -250,26 +241,24 @@ def test_calibration_prints_the_expected_calibration_error():
     assert texts == ["model: ECE 0.100", "gaussian: ECE 0.000"]
 
 
-def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    figure = figures.plot_loss([0], [0.5])
-    path = figures.save(figure, tmp_path / "new" / "loss.png", dpi=40)
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG")
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_save_takes_the_format_from_the_name(tmp_path, suffix, start):
+    path = figures.save(figures.plot_loss([0], [0.5]), tmp_path / f"new/loss.{suffix}", dpi=40)
+    assert path.read_bytes().startswith(start)
 
-    def broken(self, target):
+
+def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = figures.save(figures.plot_loss([0], [0.5]), tmp_path / "loss.png", dpi=40)
+    content = path.read_bytes()
+
+    def replace(self, target):
         raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr("pathlib.Path.replace", broken)
+    monkeypatch.setattr("pathlib.Path.replace", replace)
     with pytest.raises(OSError, match="disk full"):
-        figures.save(figure, path, dpi=80)
+        figures.save(figures.plot_loss([0], [0.5]), path, dpi=80)
     assert path.read_bytes() == content
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_settings_stay_as_they_were():
-    before = dict(matplotlib.rcParams)
-    plot_all()
-    assert dict(matplotlib.rcParams) == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pyplot_is_never_imported():
