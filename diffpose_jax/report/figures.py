@@ -1,8 +1,9 @@
 """Figures: one frame with its hypotheses, and the curves of a run.
 
 Every function returns a `matplotlib.figure.Figure` that pyplot does not know, so figures need no
-display and are freed like other objects. The colours are those of Okabe and Ito (2008), which stay
-apart under the common colour-vision deficiencies: warm is the person's right side, cool the left.
+display and are freed like other objects. The style is set by `matplotlib.rc_context`, in one thread
+at a time. The colours are those of Okabe and Ito (2008), which stay apart under the common
+colour-vision deficiencies: warm is the person's right side, cool the left.
 """
 
 from __future__ import annotations
