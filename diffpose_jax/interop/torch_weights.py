@@ -116,7 +116,7 @@ def read_file(path: str | Path) -> Any:
 def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) -> None:
     """Writes parameters, as raw and as averaged weights, in the layout that was released."""
     torch = extras.load("torch", "torch")
-    arrays = state_dict(params, schedule)
+    arrays = to_torch(params, schedule)
     model = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
     ema = {"initted": torch.tensor([True]), "step": torch.tensor([0])}
     for name, tensor in model.items():
@@ -194,11 +194,14 @@ def from_torch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -
     return traverse_util.unflatten_dict(params)
 
 
-def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Converts parameters to the float32 parameter tensors of the published program, by name.
+def to_torch(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.ndarray]:
+    """Converts parameters to the whole state dict of the published program, float32 arrays.
 
-    What the program has but never calls gets neutral values: scale 1 and bias 0 for the
-    BatchNorm of the residual blocks, 0 for `conf_out`. A WeightsError if it has no such encoder.
+    Its loading is strict: what the program has but never calls gets neutral values, scale 1 and
+    bias 0 for the BatchNorm of the residual blocks, 0 for `conf_out`.
+
+    Raises:
+      WeightsError: if they are of an encoder that the published program does not have.
     """
     leaves = traverse_util.flatten_dict(params)
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
@@ -211,25 +214,18 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tensor = param.reshape(shape[::-1]).T if path[-1] == "kernel" else param.reshape(shape)
         tensors[name] = np.ascontiguousarray(tensor)
         if layer := re.fullmatch(r"(denoise_fn\.res_pose\d+)\.l(\d+)\.bias", name):
-            tensors[f"{layer[1]}.bn{layer[2]}.weight"] = np.ones(shape, np.float32)
-            tensors[f"{layer[1]}.bn{layer[2]}.bias"] = np.zeros(shape, np.float32)
-    tensors["condition_emb.conf_out.weight"] = np.zeros((1, flat[_JOINTS].shape[1]), np.float32)
-    tensors["condition_emb.conf_out.bias"] = np.zeros(1, np.float32)
-    return tensors
-
-
-def state_dict(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.ndarray]:
-    """Everything that the published program keeps: its parameters and its constants.
-
-    Its loading is strict, so nothing may be missing, not even what it never uses.
-    """
-    tensors = to_torch(params)
-    tensors[_CENTRES] = kernel_centres(params["encoder"]["joint_embedding"].shape[1] // 2)
-    for name, scale in list(tensors.items()):
-        if norm := re.fullmatch(rf"({_BATCH_NORM})\.weight", name):
-            tensors[f"{norm[1]}.running_mean"] = np.zeros_like(scale)
-            tensors[f"{norm[1]}.running_var"] = np.ones_like(scale)
-            tensors[f"{norm[1]}.num_batches_tracked"] = np.array(0, np.int64)
+            norm = f"{layer[1]}.bn{layer[2]}"
+            for kind in ("weight", "running_var"):
+                tensors[f"{norm}.{kind}"] = np.ones(shape, np.float32)
+            for kind in ("bias", "running_mean"):
+                tensors[f"{norm}.{kind}"] = np.zeros(shape, np.float32)
+            tensors[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
+    width = flat[_JOINTS].shape[1]
+    tensors |= {
+        "condition_emb.conf_out.weight": np.zeros((1, width), np.float32),
+        "condition_emb.conf_out.bias": np.zeros(1, np.float32),
+        _CENTRES: kernel_centres(width // 2),
+    }
     return tensors | schedule_buffers(schedule)
 
 

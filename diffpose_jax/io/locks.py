@@ -13,10 +13,8 @@ import filelock
 
 from diffpose_jax.io.files import read_json, write_json
 
-LOCK = ".lock"
-"""The file in a folder that is locked."""
-HOLDER = ".lock.json"
-"""The file that says which process has the lock; filelock empties the locked file itself."""
+LOCK, HOLDER = ".lock", ".lock.json"
+"""The file in a folder that is locked, which filelock empties, and one that says by whom."""
 
 
 class LockedError(RuntimeError):
@@ -25,11 +23,7 @@ class LockedError(RuntimeError):
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes out of it until the context is left.
-
-    Raises:
-      LockedError: if another process has it.
-    """
+    """Makes a folder and keeps other processes out of it; raises LockedError if one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / HOLDER
     lock = filelock.FileLock(folder / LOCK, blocking=False)

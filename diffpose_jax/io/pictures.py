@@ -13,14 +13,9 @@ from absl import logging
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-MAX_PIXELS = 120_000_000
-"""The largest picture that is read, of which phones have 108 megapixels; it takes 2 GB."""
-
-MAX_SIDE_PX = 16_000
-"""The longest side of a picture that is read: squares are cut out of it, 1.2 times as wide."""
-
-MIN_SIDE_PX = 16
-"""The narrowest picture that is read: less shows no person."""
+MAX_PIXELS = 120_000_000  # of which phones have 108 megapixels; it takes 2 GB
+MAX_SIDE_PX = 16_000  # squares are cut out of it, 1.2 times as wide
+MIN_SIDE_PX = 16  # less shows no person
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff",
@@ -61,7 +56,11 @@ def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
             logging.warning("%s is animated: only its first frame is read", path)
         picture.load()
-        return np.array(_upright(_to_rgb(picture), picture))
+        rgb, orientation = _to_rgb(picture), None
+        # Not `ImageOps.exif_transpose`: it writes the metadata anew, which fails for some cameras'.
+        with contextlib.suppress(Exception):  # damaged metadata: the picture itself is there
+            orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        return np.array(rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb)
 
 
 def size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -98,7 +97,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             # Pillow warns of damaged metadata, which does not matter, and of half its own limit.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=formats) as picture:
-                _check_size(picture)
+                width, height = picture.size
+                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
+                    raise Image.DecompressionBombError
+                if min(width, height) < MIN_SIDE_PX:
+                    least = f"too small to show a person (the least is {MIN_SIDE_PX} px)"
+                    raise PictureError(f"has {width} x {height} px: {least}")
                 yield picture
     except PictureError as error:
         raise PictureError(f"{path} {error}") from None
@@ -108,24 +112,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             " WebP, GIF, BMP or TIFF (and convert HEIC to JPEG)"
         ) from error
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{path} has {_TOO_LARGE}") from error
+        raise PictureError(
+            f"{path} has more than {MAX_PIXELS // 10**6} megapixels or {MAX_SIDE_PX:,} px to a"
+            " side; scale it down or cut out the person"
+        ) from error
     except Exception as error:  # for damaged files Pillow raises errors of many kinds
         raise PictureError(f"{path} cannot be read, it seems to be damaged: {error}") from error
-
-
-_TOO_LARGE = (
-    f"more than {MAX_PIXELS // 10**6} megapixels or {MAX_SIDE_PX:,} px to a side; scale it down or"
-    " cut out the person"
-)
-
-
-def _check_size(picture: Image.Image) -> None:
-    width, height = picture.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
-        raise PictureError(f"has {width} x {height} px, {_TOO_LARGE}")
-    if min(width, height) < MIN_SIDE_PX:
-        least = f"(the least is {MIN_SIDE_PX} px)"
-        raise PictureError(f"has {width} x {height} px: too small to show a person {least}")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -141,15 +133,3 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba)
     return white
-
-
-def _upright(rgb: Image.Image, picture: Image.Image) -> Image.Image:
-    """Turns a picture by the orientation in its metadata.
-
-    `ImageOps.exif_transpose` would write the metadata anew, which fails for some cameras'.
-    """
-    try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata: the picture itself is there
-        return rgb
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb

@@ -10,7 +10,7 @@ from diffpose_jax.io.files import FileError, write_atomic
 
 
 def read_scalars(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a scalars file; none if it does not exist. A torn last line is left out.
+    """The lines of a file, none if it does not exist, without a torn last line.
 
     Raises:
       FileError: if another line is damaged.
@@ -35,12 +35,8 @@ def read_scalars(path: str | Path) -> list[dict[str, float]]:
 class ScalarWriter:
     """Appends scalars to a file, a context manager.
 
-    A run that resumes does the steps after its last checkpoint again, so their lines, and a
-    line that was torn when the run was killed, are removed first.
-
-    Args:
-      path: the file.
-      last_step: the step that the run resumes from; later lines are removed.
+    A run that resumes does the steps after its last checkpoint again: lines after `last_step`, and
+    a line that was torn when the run was killed, are removed first.
     """
 
     def __init__(self, path: str | Path, last_step: int) -> None:

@@ -65,11 +65,7 @@ def read_trees(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
-    """Reads items of a checkpoint by their Orbax arguments, in this process alone.
-
-    Raises:
-      DamagedError: if one cannot be read.
-    """
+    """Reads items of a checkpoint by their Orbax arguments, in this process alone."""
     try:
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=alone())
@@ -102,10 +98,7 @@ def misfits(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> 
 def array_sums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of each array, by its path in the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
-        for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path): zlib.crc32(np.asarray(x).tobytes()) for path, x in leaves}
 
 
 def check_sum(tree: Any) -> int:
@@ -119,11 +112,7 @@ def json_sum(content: dict[str, Any]) -> int:
 
 
 def check_sums(folder: Path, trees: dict[str, Any], written: dict[str, dict[str, int]]) -> None:
-    """Compares items that were read with the `array_sums` of what was written, if there are any.
-
-    Raises:
-      DamagedError: if they differ.
-    """
+    """Raises DamagedError if what was read has other `array_sums` than those that were written."""
     for item, tree in trees.items():
         expected = written.get(item, {})
         found = array_sums(tree) if expected else {}

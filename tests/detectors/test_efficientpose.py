@@ -88,9 +88,9 @@ def test_the_maps_are_those_of_tensorflow_js(params):
     assert heatmaps.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("size", [3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(6, 8), (7, 5)])
+@pytest.mark.parametrize(
+    ("size", "stride", "shape"), [(3, 1, (6, 8)), (3, 2, (7, 5)), (5, 1, (7, 5)), (5, 2, (6, 8))]
+)
 def test_depthwise_convolution(size, stride, shape):
     """Against loops in float64; TensorFlow's SAME puts the odd one of the padding last."""
     rng = np.random.default_rng(7)

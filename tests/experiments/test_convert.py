@@ -154,7 +154,8 @@ def test_raw_and_ema_weights(released, state_dicts, exported, tmp_path):
         )),
     }  # fmt: skip
     for folder, kind in ((exported[0], "raw"), (tmp_path / "ema", "ema")):
-        tensors = torch_weights.to_torch(inference.load(folder).params)
+        model = inference.load(folder)
+        tensors = torch_weights.to_torch(model.params, model.network.schedule)
         for name, tensor in state_dicts[kind].items():
             if name not in unused:
                 np.testing.assert_array_equal(tensors[name], tensor, err_msg=f"{kind} {name}")
