@@ -49,8 +49,7 @@ def encode(
         every cell, the negative ones too (the dense form).
 
     Raises:
-      ValueError: for a height that is not finite or beyond float16; the message names the image
-        and the joint.
+      ValueError: for a height that is not finite or beyond float16.
     """
     bad = np.argwhere(~(np.abs(heatmaps) <= np.finfo(_HEIGHT).max).all((2, 3)))
     if len(bad):
@@ -66,9 +65,7 @@ def decode(
 ) -> Float32[np.ndarray, "N 16 64 64"]:
     """Turns the records of `encode`, of both forms, into heatmaps: 0 in dropped cells.
 
-    Args:
-      records: one for each of the heatmaps.
-      out: where to, contiguous; by default a new array.
+    They are written to `out`, which must be contiguous, if it is given.
 
     Raises:
       ValueError: if a record is damaged.

@@ -46,12 +46,7 @@ class Lsp(PhotographsBuilder):
         }
 
     def photographs(self) -> list[Photographs]:
-        """All pictures.
-
-        Raises:
-          FileNotFoundError: if the annotations or a picture are missing.
-          FileError: if `joints.mat` is damaged or holds something else.
-        """
+        """All pictures, which must be there."""
         folder = self.source / "images"
         joints = _read_joints(self.source / "joints.mat")
         paths = [folder / f"im{number:05d}.jpg" for number in range(1, len(joints) + 1)]

@@ -99,12 +99,7 @@ class MpiInf3dhp(PhotographsBuilder):
 
 
 def read_annotations(source: Path, annotation: str = "univ_annot3") -> list[Photographs]:
-    """Reads the annotations of all six recordings, in order, without a look into the images.
-
-    Raises:
-      FileNotFoundError: if a folder, an annotation file or the image of a valid frame is missing.
-      FileError: if a file is not what it should be; the message names it and says why.
-    """
+    """Reads the annotations of all six recordings, in order, without a look into the images."""
     missing = [subject for subject in SCENES if not (source / subject).is_dir()]
     if missing:
         raise FileNotFoundError(

@@ -202,7 +202,7 @@ DAMAGES = {
     "cut video": ("video", lambda path: cut(path, 0.5), "cannot be decoded"),
     "video without its end": ("video", fast_start, "cut off: it holds . of its 12"),
     "short video": ("video", leave_out_one, "frames, fewer than the"),
-    "no fourth frame": ("2d", shorten, "has 3 frames"),
+    "no fourth frame": ("2d", shorten, "at least 4"),
     "no 2D": ("2d", lambda path: path.unlink(), "1 files of 7 recordings"),
     "cut CDF": ("2d", lambda path: cut(path, 0.5), "cannot be read as a CDF"),
     "another variable": (

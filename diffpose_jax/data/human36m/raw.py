@@ -66,9 +66,6 @@ def recordings(
       subjects: such as ("S9", "S11").
       actions: of `sequences.ACTIONS`.
       poses: one of `POSES`.
-
-    Raises:
-      FileNotFoundError: if a folder or a file is missing.
     """
     found = []
     for subject in subjects:
@@ -103,21 +100,15 @@ def _folder(subject: Path, name: str) -> Path:
 
 
 def check(found: list[Recording]) -> None:
-    """Finds out whether the files can be read and belong together, without decoding the videos.
-
-    Raises:
-      FileError: if a file is damaged or not what it should be, if either file of poses has
-        another number of frames, or if a video is shorter than its poses.
-    """
+    """Finds out whether the files can be read and belong together, without decoding the videos."""
     for recording in tqdm(found, desc="checking recordings", unit=" recordings"):
         flat = read_poses(recording.poses_2d, 2)
         solid = read_poses(recording.poses_3d, 3)
-        if len(flat) != len(solid):
+        if len(flat) != len(solid) or len(flat) < sequences.STRIDE:
             raise FileError(
-                f"{recording.poses_2d} has {len(flat)} frames, {recording.poses_3d} {len(solid)}."
+                f"{recording.poses_2d} has {len(flat)} frames, {recording.poses_3d} {len(solid)};"
+                f" both must have as many, and at least {sequences.STRIDE}."
             )
-        if len(flat) < sequences.STRIDE:
-            raise FileError(f"{recording.poses_2d} has {len(flat)} frames; no fourth one.")
         frames = count_frames(recording.video)
         if frames < len(flat):
             raise FileError(
@@ -127,11 +118,7 @@ def check(found: list[Recording]) -> None:
 
 
 def read_poses(path: Path, dimensions: int) -> Float64[np.ndarray, "F 32 dimensions"]:
-    """Reads a CDF file of poses, in pixels (2 dimensions) or millimetres (3).
-
-    Raises:
-      FileError: if it is not such a file; it is named.
-    """
+    """Reads a CDF file of poses, in pixels (2 dimensions) or millimetres (3)."""
     with _cdf(path) as file:
         info = file.cdf_info()
         known = info.rVariables + info.zVariables
@@ -173,18 +160,12 @@ def _video(path: Path) -> Iterator[Any]:
         with av.open(path) as container:
             yield container
     # av reads texts of a damaged file, too.
-    except (av.FFmpegError, IndexError, StopIteration, UnicodeDecodeError) as error:
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be decoded as a video: {error}") from error
 
 
 def count_frames(path: Path) -> int:
-    """Counts the frames of a video without decoding more than the first.
-
-    Raises:
-      FileError: if it cannot be decoded, or ends before the number of frames that it announces.
-    """
-    with _video(path) as container:
-        next(container.decode(video=0))
+    """Counts the frames of a video, FileError if fewer than it announces, without decoding them."""
     with _video(path) as container:
         stream = container.streams.video[0]
         frames = sum(packet.size > 0 for packet in container.demux(stream))
@@ -197,19 +178,13 @@ def count_frames(path: Path) -> int:
 def read(
     recording: Recording, first_row: int, crop: str, input_px: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Reads every fourth frame of a recording, 64 at a time.
+    """Reads every fourth frame of a recording, 64 at a time, as `crops` and the other columns.
 
     Args:
       recording: see `recordings`.
       first_row: place of its first frame in the whole table.
       crop: a key of `CROPS`.
-      input_px: P, side of the crops.
-
-    Yields:
-      `crops` (n, P, P, 3) uint8, `ambiguous` (n,), False, and `sequences.columns`.
-
-    Raises:
-      FileError: if the video cannot be decoded to the last pose, or the person is not in it.
+      input_px: side of the crops.
     """
     keypoints_px = read_poses(recording.poses_2d, 2)
     points_mm = read_poses(recording.poses_3d, 3)

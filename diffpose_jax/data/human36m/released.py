@@ -39,12 +39,7 @@ _EXTRA = "human36m"
 
 
 def check(path: Path, split: str) -> None:
-    """Finds out whether the file can be read, without reading it whole.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      FileError: if it is not HDF5, lacks a table or a column, or its rows cannot be read.
-    """
+    """Finds out whether the file can be read for a key of `sequences.SPLITS`: its ends are read."""
     with hdf5.opened(path, _EXTRA) as file:
         for name in sorted({_table(split, subset) for subset in ("train", "test")}):
             _check_table(hdf5.dataset(file, name), f"{path}: {name}")
@@ -62,7 +57,7 @@ def _check_table(table: Any, what: str) -> None:
         if kind is None or (kind.shape != shape and (field, kind.shape) != ("hardsubset", ())):
             found = "is missing" if kind is None else f"has shape {kind.shape}"
             raise FileError(f"{what}: column {field} {found}; it must have shape {shape}.")
-    # Also shows whether the compression is one that h5py knows, and whether the end is there.
+    # Shows whether the compression is one that h5py knows, and whether the end is there.
     table.fields(list(_FIELDS))[[0, len(table) - 1] if len(table) > 1 else [0]]
 
 
@@ -79,14 +74,7 @@ def pieces(path: Path, split: str, subset: str) -> list[range]:
 
 
 def read(path: Path, split: str, subset: str, piece: range) -> Iterator[dict[str, np.ndarray]]:
-    """Reads one of `pieces`, in the order of its table: columns of up to 256 rows.
-
-    Args:
-      path: the file, see `check`.
-      split: a key of `sequences.SPLITS`.
-      subset: "train" or "test".
-      piece: the rows.
-    """
+    """Reads one of `pieces`, in the order of its table: columns of up to 256 rows."""
     with hdf5.opened(path, _EXTRA) as file:
         fields = hdf5.dataset(file, _table(split, subset)).fields(list(_FIELDS))
         for start in range(piece.start, piece.stop, _ROWS):

@@ -65,7 +65,7 @@ BROKEN: frozenset[Sequence] = frozenset(
 
 
 def table(split: str, subset: str) -> str:
-    """Which of the published tables, "train" or "test", holds a subset of a key of `SPLITS`.
+    """Which of the published tables, "train" or "test", holds the subset "train" or "test".
 
     The validation split is a part of the training table: its rows keep their places there.
     `SPLITS["standard"]` has a table's subjects in order.

@@ -95,7 +95,6 @@ def load_arrays(path: Path) -> Any:
     """Loads a pickle of NumPy arrays in containers without running code from it.
 
     Raises:
-      FileNotFoundError: if there is no such file.
       FileError: if it is not a pickle, is cut off, or holds anything but arrays, numbers,
         strings, dicts, lists, tuples and sets.
     """
@@ -107,28 +106,14 @@ def load_arrays(path: Path) -> Any:
 
 
 def check(folder: Path, split: str) -> None:
-    """Finds out whether all recordings are there and can be read.
-
-    Raises:
-      FileNotFoundError: if a pickle is missing.
-      FileError: if one holds anything but arrays, or not what it should hold.
-    """
+    """Finds out whether all recordings of a key of `sequences.SPLITS` are there and can be read."""
     for table in sorted({sequences.table(split, subset) for subset in ("train", "test")}):
         if not list(_recordings(folder, table)):
             raise FileError(f"{folder / FILES[table]} holds no frames.")
 
 
 def read(folder: Path, split: str, subset: str) -> Iterator[dict[str, np.ndarray]]:
-    """Reads subject by subject, action by action, as the authors' loader does.
-
-    Args:
-      folder: of the pickles, see `check`.
-      split: a key of `sequences.SPLITS`.
-      subset: "train" or "test".
-
-    Yields:
-      Columns of up to 256 frames, with `heatmaps` rendered from the fits.
-    """
+    """Reads subject by subject, action by action, as the authors' loader does, 256 at a time."""
     first_row = 0
     for sequence, arrays in _recordings(folder, sequences.table(split, subset)):
         frames, points_mm, fits = arrays

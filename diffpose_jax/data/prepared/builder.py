@@ -42,6 +42,7 @@ from diffpose_jax.io.files import sync, write_atomic, write_json
 from diffpose_jax.io.locks import waiting
 from diffpose_jax.skeleton import NUM_JOINTS
 
+_PARTS = f"parts_{reader.VERSION}"
 _WRITER_OPTIONS = "group_size:1"  # what random access needs
 # A reader keeps every shard open: few large ones, whatever the number of parts.
 _SHARD_BYTES = 256 << 20
@@ -174,11 +175,8 @@ class DetectionsBuilder(FileReaderBuilder):
         digest = hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:12]
         name = "_".join([*(str(self.fields[field]) for field in self.LABEL), digest])
         with quiet_tfds():
-            super().__init__(
-                config=tfds.core.BuilderConfig(name=name),
-                data_dir=data_dir,
-                file_format="array_record",
-            )
+            config = tfds.core.BuilderConfig(name=name)
+            super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     @abc.abstractmethod
     def columns(self) -> dict[str, tfds.features.FeatureConnector]:
@@ -206,15 +204,14 @@ class DetectionsBuilder(FileReaderBuilder):
         the same waits for the first.
 
         Raises:
-          ValueError, FileNotFoundError: what `check` and the parts raise, or for a part that does
-            not hold the columns; a note says in which part.
+          ValueError, FileNotFoundError: what `check` and the parts raise; a note says in which.
           OSError: if it cannot be written, as on a full disk.
         """
         with preparing(Path(self.data_dir)):
             self.download_and_prepare()
             if not self.info.initialized:  # written by another process while this one waited
                 self.info.read_from_directory(self.data_dir)
-            shutil.rmtree(self._parts_folder(), ignore_errors=True)
+            shutil.rmtree(Path(self.data_dir).parent / _PARTS, ignore_errors=True)
 
     def _info(self) -> tfds.core.DatasetInfo:
         heatmaps = StoredHeatmaps(doc="MPII order, row = y, column = x")
@@ -230,7 +227,7 @@ class DetectionsBuilder(FileReaderBuilder):
         del dl_manager, download_config
         self.check()
         parts = self.parts()
-        folder = self._parts_folder()
+        folder = Path(self.data_path).parent / _PARTS
         self._write_parts(parts, folder)
         files: dict[str, list[Path]] = {}
         for part in parts:
@@ -240,9 +237,6 @@ class DetectionsBuilder(FileReaderBuilder):
         self.info.set_splits(tfds.core.SplitDict(splits))
         for path in Path(self.data_path).iterdir():
             sync(path)
-
-    def _parts_folder(self) -> Path:
-        return Path(self.data_path).parent / f"parts_{self.version}"
 
     def _write_parts(self, parts: list[Part], folder: Path) -> None:
         """Writes those that are not there yet, several at a time, each in a thread."""

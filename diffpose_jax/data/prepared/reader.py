@@ -60,7 +60,7 @@ def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if there are several; the message lists them and how they differ.
+      ValueError: if there are several.
     """
     wanted = json.loads(json.dumps(dict(wanted)))  # a tuple is stored as a list
     base = all_of(dataset, data_dir)
@@ -159,10 +159,6 @@ def fingerprint(folder: str | Path) -> str:
     A hash over the number of examples, the bytes that they take and `_FINGERPRINTED` of them from
     each split, evenly spread, and over the check sums of the files of columns. It reads little, so
     that it is for telling data sets apart, not for finding damage.
-
-    Raises:
-      FileNotFoundError: if there is no prepared data set.
-      ValueError: if an example is damaged.
     """
     builder = opened(folder)
     digest = hashlib.sha256()
