@@ -1,5 +1,6 @@
 """The commands, end to end in processes of their own, on a few frames and a tiny model."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,15 +13,15 @@ import jax
 import numpy as np
 import pytest
 from paths import ROOT
-from small import examples, network, write_motion
+from small import examples, write_motion
 
 import diffpose_jax
 from diffpose_jax.config import ConfigError
-from diffpose_jax.evaluation import aggregation
+from diffpose_jax.evaluation import calibration as calibration_lib
 from diffpose_jax.io import scalars
 from diffpose_jax.report import results as results_lib
 from diffpose_jax.training import checkpoints
-from diffpose_jax.training import step as training
+from diffpose_jax.training.step import Trainer
 
 NUM_STEPS, STEPS_PER_DISPATCH, CHECKPOINT_EVERY = 60, 2, 4
 
@@ -124,8 +125,8 @@ def read_json(path):
 
 def restore(run):
     """The newest state of a run."""
-    config = checkpoints.load(run).config
-    trainer = training.from_config(network(config), config.training)
+    network, _, config, _ = checkpoints.load(run)
+    trainer = Trainer(network, config.training)
     with checkpoints.RunCheckpoints(run / "checkpoints", config, keep=2) as saved:
         return jax.device_get(saved.restore_latest(trainer.init(jax.random.key(0))))
 
@@ -150,7 +151,7 @@ def test_train_writes_all_that_is_promised(run):
         "report.html",
         "figures",
         "calibration.json",
-        "controls.npz",
+        "baselines.npz",
         "tables.md",
         "table_all.csv",
     }
@@ -166,7 +167,7 @@ def test_train_writes_all_that_is_promised(run):
     config = read_json(run / "config.json")
     (start,) = config.pop("started")
     model = checkpoints.load(run)
-    assert config == json.loads(json.dumps(model.config.to_dict()))
+    assert config == json.loads(json.dumps(dataclasses.asdict(model.config)))
     assert (start["step"], start["seed"]) == (0, config["seed"])
     assert start["data_fingerprint"] == model.data_fingerprint != ""
     assert start["versions"]["jax"] == jax.__version__
@@ -185,7 +186,7 @@ def test_results_of_training(run):
     chosen = methods["model_heatmap_agreement"]
     assert 0 <= chosen["coverage"] <= 1
     assert chosen["radius_mm"] > 0
-    calibration = aggregation.read_calibration(run, "heatmap_agreement")
+    calibration = calibration_lib.read_calibration(run, "heatmap_agreement")
     assert (calibration.num_frames, calibration.num_groups) == (12, 1)
     assert set(methods["model"]["mpjpe_best_at"]) == {"1", "2", "5", "10", "20"}
     assert methods["model"]["mpjpe_best"] <= methods["model"]["mpjpe_mean"]
@@ -195,7 +196,7 @@ def test_run_again_trains_nothing(workplace, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     before = {
         path: (path.read_bytes(), path.stat().st_mtime_ns)
-        for part in ("checkpoints", "controls.npz", "metrics.jsonl")
+        for part in ("checkpoints", "baselines.npz", "metrics.jsonl")
         for path in [copy / part, *(copy / part).rglob("*")]
         if path.is_file()
     }
@@ -219,7 +220,7 @@ def test_evaluate(workplace, run, tmp_path):
     assert (run / "results.json").read_bytes() == before
     for word in ("mpjpe_best", "mean_pose", "regression", "gaussian"):
         assert word in printed
-    # The controls do not depend on the model or on the number of hypotheses.
+    # The baselines do not depend on the model or on the number of hypotheses.
     ours, theirs = (
         results_of["subsets"]["all"]["regression"]
         for results_of in (results, read_json(run / "results.json"))
@@ -326,7 +327,7 @@ def test_human36m_from_the_published_file_to_tables(workplace, tmp_path):
         "evaluate",
         *("--checkpoint", tmp_path / "run", "--output", tmp_path / "protocol", *data),
         *("--config", ROOT / "configs" / "protocols.py:human36m_released"),
-        *("--config.evaluation.controls=False", "--num_hypotheses", "2,3"),
+        *("--config.evaluation.baselines=False", "--num_hypotheses", "2,3"),
     )
     counts = [
         read_json(tmp_path / "protocol" / name)["num_hypotheses"]
@@ -344,7 +345,7 @@ def test_evaluate_with_fewer_steps(workplace, run, tmp_path):
     )
     assert ours["model"]["mpjpe_best"] != theirs["model"]["mpjpe_best"]
     assert ours["regression"] == theirs["regression"]
-    with pytest.raises(ConfigError, match=r"config\.evaluation\.solver: .* not 'euler'"):
+    with pytest.raises(ConfigError, match=r"the solver must be .* not 'euler'"):
         results_lib.evaluate_run(run, output, solver="euler")
 
 
@@ -371,6 +372,11 @@ def test_killed_and_started_again(workplace, run):
     ("module", "arguments", "message"),
     [
         ("train", ["--config", "CONFIG", "--config.model.foo=1"], "foo"),
+        (
+            "train",
+            ["--config", "CONFIG", "--config.model.num_samples=8"],
+            "config.model.num_samples is called config.model.num_candidates now",
+        ),
         ("train", [], "--config is missing"),
         ("evaluate", ["--checkpoint", "no/such/run"], "no/such/run does not exist"),
         ("evaluate", ["--checkpoint", "x", "--num_hypotheses", "0"], "must be at least 1"),
