@@ -3,6 +3,19 @@
 import numpy as np
 
 
+def turn(axes, degrees):
+    """Product of rotations about coordinate axes, the last of them acting first: (3, 3)."""
+    product = np.eye(3)
+    for axis, angle in zip(axes, np.radians(degrees), strict=True):
+        fixed = "XYZ".index(axis)
+        i, j = (fixed + 1) % 3, (fixed + 2) % 3
+        rotation = np.eye(3)
+        rotation[i, i] = rotation[j, j] = np.cos(angle)
+        rotation[j, i], rotation[i, j] = np.sin(angle), -np.sin(angle)
+        product = product @ rotation
+    return product
+
+
 def bvh_text(tree, rows, frame_time=0.0333333, channels=lambda name: "ZYX", positions=("ROOT",)):
     """Text of a BVH file.
 
@@ -35,6 +48,108 @@ def bvh_text(tree, rows, frame_time=0.0333333, channels=lambda name: "ZYX", posi
     lines += ["MOTION", f"Frames: {len(rows)}", f"Frame Time: {frame_time}"]
     lines += [" ".join(map(str, row)) for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def chain(*joints):
+    """A branch of a tree from pairs of name and offset, with an End Site."""
+    branch = (0, 1, 0)
+    for name, offset in reversed(joints):
+        branch = {name: (offset, branch)}
+    return branch
+
+
+def posed(tree, rows, frame_time, order, angles, place=None, places=None):
+    """A file whose frames have these angles by joint, and the root at a place.
+
+    With `places` by joint instead, all joints have position channels, by default their offsets.
+    """
+    names, row = [], []
+
+    def walk(name, offset, children):
+        if places is not None:
+            row.extend(places.get(name, offset))
+        elif not names:
+            row.extend(place)
+        names.append(name)
+        row.extend(angles.get(name, (0, 0, 0)))
+        if isinstance(children, dict):
+            for child, below in children.items():
+                walk(child, *below)
+
+    ((root, below),) = tree.items()
+    walk(root, *below)
+    positions = ("ROOT",) if places is None else tuple(names)
+    return bvh_text(tree, [row] * rows, frame_time, lambda name: order, positions)
+
+
+def cmu_bvh(rows=1):
+    """A standing person in the names of CMU's BVH conversion; the unit is 56.4 mm."""
+
+    def sides(side, sign):
+        leg = chain(
+            (f"{side[0]}HipJoint", (0, 0, 0)), (f"{side}UpLeg", (1.5 * sign, -1.8, 0.8)),
+            (f"{side}Leg", (0, -7.2, 0)), (f"{side}Foot", (0, -7, 0)),
+            (f"{side}ToeBase", (0, -1, 2)),
+        )  # fmt: skip
+        arm = chain(
+            (f"{side}Shoulder", (0, 0, 0)), (f"{side}Arm", (3 * sign, 1, 0)),
+            (f"{side}ForeArm", (5 * sign, 0, 0)), (f"{side}Hand", (3.5 * sign, 0, 0)),
+        )  # fmt: skip
+        return leg, arm
+
+    (left_leg, left_arm), (right_leg, right_arm) = sides("Left", 1), sides("Right", -1)
+    head = {"Head": ((0, 1.8, 0), (0, 1.8, 0))}
+    chest = {"Neck": ((0, 0, 0), {"Neck1": ((0, 1.8, 0), head)})} | left_arm | right_arm
+    spine = {"Spine": ((0, 2, 0), {"Spine1": ((0, 4, 0), chest)})}
+    tree = {"Hips": ((0, 0, 0), left_leg | right_leg | {"LowerBack": ((0, 0, 0), spine)})}
+    return posed(tree, rows, 0.0083333, "ZYX", {}, (1, 18, 5))
+
+
+# In the other two data sets the x axis of a bone points along it; of trunk and head y points to
+# the front and z to the left. A root that turns these axes upright: Z Y X angles (90, 0, 90).
+def lafan1(rows=1):
+    def sides(side, sign):
+        leg = chain(
+            (f"{side}UpLeg", (0.1, 1.9, 10.5 * sign)), (f"{side}Leg", (43, 0, 0)),
+            (f"{side}Foot", (42, 0, 0)), (f"{side}Toe", (17, 0, 0)),
+        )  # fmt: skip
+        arm = chain(
+            (f"{side}Shoulder", (20, -1.5, 6 * sign)), (f"{side}Arm", (11, 0, 0)),
+            (f"{side}ForeArm", (33, 0, 0)), (f"{side}Hand", (25, 0, 0)),
+        )  # fmt: skip
+        return leg, arm
+
+    (left_leg, left_arm), (right_leg, right_arm) = sides("Left", 1), sides("Right", -1)
+    chest = chain(("Neck", (26, 0, 0)), ("Head", (12, 0, 0))) | left_arm | right_arm
+    spine = {"Spine1": ((12.6, 0, 0), {"Spine2": ((12.3, 0, 0), chest)})}
+    tree = {"Hips": ((0, 0, 0), left_leg | right_leg | {"Spine": ((7, -2.6, 0), spine)})}
+    angles = {"Hips": (90, 0, 90), "LeftUpLeg": (180, 0, 0), "RightUpLeg": (180, 0, 0)}
+    # z to the left: about y to have x point left or right.
+    angles |= {"LeftShoulder": (0, -90, 0), "RightShoulder": (0, 90, 0)}
+    return posed(tree, rows, 0.0333333, "ZYX", angles, (173, 94, -518))
+
+
+def bandai_namco(rows=1):
+    def sides(side, sign):
+        leg = chain(
+            (f"UpperLeg_{side}", (-2.2, 0, 6.5 * sign)), (f"LowerLeg_{side}", (39 * sign, 0, 0)),
+            (f"Foot_{side}", (41 * sign, 0, 0)), (f"Toes_{side}", (12 * sign, 0, 0)),
+        )  # fmt: skip
+        arm = chain(
+            (f"Shoulder_{side}", (13, 0, 5 * sign)), (f"UpperArm_{side}", (5.3 * sign, 0, 0)),
+            (f"LowerArm_{side}", (24 * sign, 0, 0)), (f"Hand_{side}", (22 * sign, 0, 0)),
+        )  # fmt: skip
+        return leg, arm
+
+    (left_leg, left_arm), (right_leg, right_arm) = sides("L", 1), sides("R", -1)
+    chest = chain(("Neck", (16.4, 0, 0)), ("Head", (6.5, 0, 0))) | left_arm | right_arm
+    spine = {"Spine": ((15.7, 0, 0), {"Chest": ((9, -0.4, 0), chest)})}
+    # The OFFSET of the hips, as in the data set, is not where they are.
+    hips = {"Hips": ((0.8, 94, -452), spine | left_leg | right_leg)}
+    angles = {"Hips": (90, 90, 0), "UpperLeg_L": (180, 0, 0)}
+    angles |= {"Shoulder_L": (0, 0, -90), "Shoulder_R": (0, 0, -90)}
+    tree = {"joint_Root": ((0, 0, 0), hips)}
+    return posed(tree, rows, 0.0333333, "ZXY", angles, places={"Hips": (-0.5, 93.5, -9)})
 
 
 def asf_text(bones, hierarchy, units=("length 0.45", "angle deg"), root=()):

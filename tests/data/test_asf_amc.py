@@ -1,18 +1,10 @@
-"""The Acclaim reader against numbers by hand, scipy's rotations, and files not in order."""
+"""The Acclaim reader against numbers by hand, rotations by definition, and files not in order."""
 
 import numpy as np
 import pytest
-from motion_files import (
-    CMU_BONES,
-    CMU_HIERARCHY,
-    amc_text,
-    asf_text,
-    cmu_frame,
-    write_cmu,
-)
-from scipy.spatial.transform import Rotation
+from motion_files import amc_text, asf_text, cmu_frame, turn, write_cmu
 
-from diffpose_jax.data.motion.asf_amc import find_asf, read_amc, read_asf
+from diffpose_jax.data.motion.asf_amc import find_asf, read_amc
 
 BONES = {
     "thigh": ((0, -1, 0), 4, "0 0 0 XYZ", ""),
@@ -61,32 +53,31 @@ def test_presets_of_the_root(tmp_path):
     np.testing.assert_allclose(positions[:2], [[11, 20, 30], [11, 16, 30]], atol=1e-12)
 
 
-def test_random_skeletons_against_scipy(tmp_path):
+def test_random_skeletons_against_rotations_by_definition(tmp_path):
     rng = np.random.default_rng(3)
     names = [f"bone{i}" for i in range(10)]
     parents = [-1, *(int(rng.integers(-1, i)) for i in range(1, 10))]
-    bones, axes, freedoms = {}, [], []
-    for name in names:
-        order = "".join(rng.permutation(list("XYZ")))
-        angles = rng.uniform(-180, 180, 3).round(3)
-        dof = list(rng.permutation(["rx", "ry", "rz"])[: rng.integers(0, 4)])
-        axes.append((order, dict(zip("XYZ", angles, strict=True))))
-        freedoms.append(dof)
-        direction = rng.normal(size=3).round(4)
-        bones[name] = (
-            direction,
-            1.5,
-            f"{angles[0]} {angles[1]} {angles[2]} {order}",
-            " ".join(dof),
+    orders = ["".join(rng.permutation(list("XYZ"))) for _ in names]
+    angles = rng.uniform(-180, 180, (10, 3)).round(3)  # about X, Y and Z
+    freedoms = [list(rng.permutation(["rx", "ry", "rz"])[: rng.integers(0, 4)]) for _ in names]
+    directions = rng.normal(size=(10, 3)).round(4)
+    bones = {
+        name: (direction, 1.5, " ".join([*map(str, angle), order]), " ".join(dof))
+        for name, direction, angle, order, dof in zip(
+            names, directions, angles, orders, freedoms, strict=True
         )
-    hierarchy = {"root": [names[j] for j in range(10) if parents[j] == -1]}
-    for i in range(10):
-        if i in parents:
-            hierarchy[names[i]] = [names[j] for j in range(10) if parents[j] == i]
+    }
+    hierarchy = {
+        parent: [names[j] for j in range(10) if parents[j] == i]
+        for i, parent in enumerate(["root", *names], -1)
+        if i in parents
+    }
     frames = []
     for _ in range(4):
         moving = {
-            n: rng.uniform(-180, 180, len(d)) for n, d in zip(names, freedoms, strict=True) if d
+            name: rng.uniform(-180, 180, len(dof))
+            for name, dof in zip(names, freedoms, strict=True)
+            if dof
         }
         frames.append({"root": rng.uniform(-180, 180, 6), **moving})
     frames[1] = dict(reversed(frames[1].items()))  # the order of the bones in a frame is free
@@ -94,26 +85,23 @@ def test_random_skeletons_against_scipy(tmp_path):
     shuffled = {name: bones[name] for name in rng.permutation(names)}
     recording = read_amc(write(tmp_path, asf_text(shuffled, hierarchy), amc_text(frames)))
 
-    def fixed(axes, angles):
-        """About fixed axes, first first: scipy's lower case."""
-        axes = "".join(axes).lower()
-        return Rotation.from_euler(axes, angles, degrees=True) if axes else Rotation.identity()
+    def fixed(axes, degrees):
+        """About fixed axes, the first acting first."""
+        return turn([axis.upper() for axis in reversed(axes)], degrees[::-1])
 
     index = {name: k for k, name in enumerate(recording.joints)}
     for f, frame in enumerate(frames):
         rotations = {-1: fixed("xyz", frame["root"][3:])}
         positions = {-1: frame["root"][:3]}
         for i, name in enumerate(names):
-            order, angles = axes[i]
-            own = fixed(order, [angles[axis] for axis in order])
-            motion = fixed([d[1] for d in freedoms[i]], frame.get(name, ()))
-            rotations[i] = rotations[parents[i]] * own * motion * own.inv()
-            direction, length, _, _ = bones[name]
-            positions[i] = positions[parents[i]] + rotations[i].apply(length * direction)
-            np.testing.assert_allclose(recording.positions[f, index[name]], positions[i], atol=1e-9)
-            np.testing.assert_allclose(
-                recording.rotations[f, index[name]], rotations[i].as_matrix(), atol=1e-9
-            )
+            own = fixed(orders[i], angles[i, ["XYZ".index(axis) for axis in orders[i]]])
+            motion = fixed([dof[1] for dof in freedoms[i]], frame.get(name, ()))
+            rotations[i] = rotations[parents[i]] @ own @ motion @ own.T
+            positions[i] = positions[parents[i]] + rotations[i] @ (1.5 * directions[i])
+            found = recording.positions[f, index[name]]
+            np.testing.assert_allclose(found, positions[i], rtol=1e-13, atol=1e-13)
+            found = recording.rotations[f, index[name]]
+            np.testing.assert_allclose(found, rotations[i], rtol=0, atol=1e-13)
 
 
 def test_units_and_angles(tmp_path):
@@ -180,30 +168,25 @@ def test_find_asf(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (ASF, "", "no section :root; it is no ASF file or is cut off"),
+        (ASF, "hello", "no section :units; it is no ASF file or is cut off"),
         (ASF[ASF.index(":hierarchy") :], "", "no section :hierarchy"),
         ("length 0.45", "length 0", r"line 5: length is 0\.0; it must be positive"),
         ("length 0.45", "length inch", r"line 5: could not convert"),
-        ("TX TY TZ RX RY RZ", "TX TY TZ RX RY", "line 10: the root's order must hold"),
         ("TX TY TZ RX RY RZ", "TX TY TZ RX RY RY", "line 10: the root's order must hold"),
         ("position 0 0 0", "position 0 0", "line 12: 2 numbers where there must be 3"),
         ("axis XYZ", "axis XXZ", "the order of the axes is 'XXZ'"),
-        ("name shin", "name thigh", "two bones have one name"),
-        ("name shin", "name root", "two bones have one name, or one is named root"),
-        ("    name shin\n", "", "the bone that begins here has no name"),
-        ("    length 3\n", "", "the bone that begins here has no length"),
+        ("name shin", "name thigh", "two of these bones have one name"),
+        ("    name shin\n", "", "line 21: the bone that begins here has no name"),
         ("direction 0 -1 0", "direction 0 inf 0", "line 17: a number is not finite"),
         ("axis 0 0 90 XYZ", "axis 0 0 90", "the order of the axes is ''"),
         ("dof rx rz", "dof rx rx", "dof of shin may hold rx, ry and rz once each"),
         ("dof rx rz", "dof rx tz", "dof of shin may hold rx, ry and rz once each"),
-        ("  end\n:hierarchy", ":hierarchy", "the block never ends; the file is cut off"),
-        ("  end\n", "", r"begin out of place"),
+        ("  end\n:hierarchy", ":hierarchy", "line 33: there is no bone 'shin'"),
         ("    thigh shin", "    thigh foot", "there is no bone 'foot'"),
-        ("    thigh shin", "    shin thigh", "thigh has two parents or is the root"),
-        ("    thigh shin", "    thigh root", "root has two parents or is the root"),
-        ("    thigh shin", "    shin shin", "bones that hang on nothing: shin"),
+        ("    thigh shin", "    shin thigh", "bones that hang on nothing: shin"),
+        ("    thigh shin", "    thigh root", "bones that hang on nothing: shin"),
+        ("    thigh shin", "    thigh shin root", "a bone hangs on itself: .*root"),
         ("    thigh shin", "", "bones that hang on nothing: shin"),
-        (":bonedata", ":bonedata\n:bonedata", "line 14: :bonedata a second time"),
     ],
 )
 def test_skeleton_errors(tmp_path, old, new, message):
@@ -217,20 +200,15 @@ def test_skeleton_errors(tmp_path, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (AMC, "", "no frames; it is no AMC file or is cut off"),
-        (AMC, "hello", r"line 1: 'hello' is neither a bone that moves nor a frame's number"),
-        ("1\nroot", "root", r"line 4: 'root' is neither a bone"),
+        (AMC, "hello", r"no frames; it is no AMC file or is cut off"),
+        (AMC, "\0\1", r"07_01\.amc is not a text file"),
+        ("1\nroot", "root", r"line 4: 'ROOT' before the first frame's number"),
         ("shin 0 0", "foot 0 0", r"line 6: 'foot' is neither a bone"),
-        ("shin 0 0", "thigh 0 0", r"line 6: 'thigh' is neither a bone"),
         ("shin 0 0", "shin 0", r"line 6: 1 numbers where there must be 2"),
-        ("shin 0 0", "shin 0 0 0", r"line 6: 3 numbers where there must be 2"),
-        ("shin 0 0", "shin 0 nan", r"line 6: a number is not finite"),
         ("shin 0 0", "shin 0 1e12", r"line 6: a number is not finite or is far too large"),
         ("shin 0 0", "shin 0 x", r"line 6: could not convert string to float: 'x'"),
-        ("shin 0 0\n", "", r"line 6: the frame that starts in line 4 ends without shin"),
-        ("shin 0 0", "shin 0 0\nshin 0 0", r"line 7: shin twice in one frame"),
-        ("shin 90 0\n", "", r"line 8: the frame that starts in line 7 ends without shin"),
-        ("shin 0 0", "shin 0 0\n:DEGREES", r"line 7: ':DEGREES' is neither"),
+        ("shin 0 0\n", "", r"line 4: the frame that starts here lacks shin"),
+        ("shin 90 0\n", "", r"line 7: the frame that starts here lacks shin"),
     ],
 )
 def test_motion_errors(tmp_path, old, new, message):
@@ -239,42 +217,3 @@ def test_motion_errors(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message) as error:
         read_amc(path)
     assert "07_01.amc" in str(error.value)
-
-
-def test_no_text_and_no_file(tmp_path):
-    path = write(tmp_path)
-    path.write_bytes(b"\0\1")
-    with pytest.raises(ValueError, match=r"07_01\.amc is not a text file"):
-        read_amc(path)
-    with pytest.raises(FileNotFoundError):
-        read_amc(tmp_path / "07_02.amc")
-
-
-def test_damaged_files_give_value_errors_and_nothing_else(tmp_path):
-    rng = np.random.default_rng(23)
-    asf, amc = ASF.encode(), AMC.encode()
-    for turn in range(400):
-        data = bytearray(amc if turn % 2 else asf)
-        for place in rng.integers(len(data), size=rng.integers(1, 6)):
-            data[place] = rng.integers(1, 256)
-        path = write(tmp_path)
-        (path if turn % 2 else tmp_path / "07.asf").write_bytes(data)
-        try:
-            read_amc(path)
-        except ValueError as error:
-            assert "07" in str(error)  # noqa: PT017
-
-
-def test_a_deep_skeleton_needs_no_recursion(tmp_path):
-    bones = {f"b{i}": ((0, 1, 0), 1, "0 0 0 XYZ", "") for i in range(2500)}
-    hierarchy = {"root": ("b0",), **{f"b{i}": (f"b{i + 1}",) for i in range(2499)}}
-    frames = [{"root": (0, 0, 0, 0, 0, 0)}]
-    recording = read_amc(write(tmp_path, asf_text(bones, hierarchy), amc_text(frames)))
-    assert recording.positions[0, -1, 1] == 2500
-
-
-def test_the_made_up_body_is_whole(tmp_path):
-    skeleton = read_asf(write(tmp_path, asf_text(CMU_BONES, CMU_HIERARCHY)).with_name("07.asf"))
-    assert len(skeleton.bones) == len(CMU_BONES) + 1
-    assert skeleton.bones[0].name == "root"
-    assert all(bone.parent < index for index, bone in enumerate(skeleton.bones))

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from diffpose_jax.config import parse
 from diffpose_jax.data import motion, simulator
-from diffpose_jax.data.motion import clips as mocap
+from diffpose_jax.data.motion import bodies
+from diffpose_jax.data.motion.builder import RenderedHeatmaps, data_set_name
+from diffpose_jax.data.motion.clips import thin
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_MIRROR
 
 
-def write_clips(folder, lengths, seed=0):
+def write_clips(folder, lengths):
     """Short pieces of the embedded clips as a user's folder."""
-    clips = mocap.load_embedded()
-    rng = np.random.default_rng(seed)
-    for name, length in lengths.items():
-        clip = clips[rng.integers(len(clips))]
+    for clip, (name, length) in zip(motion.load_embedded(), lengths.items(), strict=False):
         path = folder / f"{name}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, positions_mm=clip.positions_mm[:length], fps=clip.fps)
@@ -43,15 +43,9 @@ def prepared(folder, tmp_path_factory):
 
 def test_splits(prepared):
     train, test = (motion.read_all(prepared, split) for split in ("train", "test"))
-    assert len(train["frame"]) == 3 * (5 + 7)
-    assert len(test["frame"]) == 2 * (6 + 4)
-    assert set(train["clip"]) == {"a", "b"}
-    assert set(test["clip"]) == {"c", "d"}
-    names, counts = np.unique(
-        [f"{c}{f}" for c, f in zip(train["clip"], train["frame"], strict=True)], return_counts=True
-    )
-    assert len(names) == 12
-    assert set(counts) == {3}
+    for columns, views, lengths in ((train, 3, {"a": 5, "b": 7}), (test, 2, {"c": 6, "d": 4})):
+        found = sorted(zip(columns["clip"], columns["frame"], strict=True))
+        assert found == [(c, f) for c, n in lengths.items() for f in range(n) for _ in range(views)]
 
 
 def test_decoded_examples_are_the_rendered_blobs(prepared):
@@ -109,81 +103,76 @@ def test_examples_do_not_depend_on_the_number_of_others(folder, prepared, tmp_pa
 
 def test_features_survive_their_json(prepared):
     features = tfds.features.FeaturesDict.from_config(prepared.data_dir)
-    assert isinstance(features["heatmaps"], motion.RenderedHeatmaps)
+    assert isinstance(features["heatmaps"], RenderedHeatmaps)
     assert features["heatmaps"].shape == (16, 64, 64)
-    with pytest.raises(ValueError, match=r"must be \(16, R, 5\)"):
-        features["heatmaps"].encode_example(np.zeros((16, 64, 64), np.float32))
 
 
-def test_name_follows_content(folder, tmp_path):
-    names = {
-        motion.builder_config(ml_collections.ConfigDict(changes)).name
-        for changes in (
-            {},
-            {"seed": 1},
-            {"fps": 20.0},
-            {"simulator": {"clutter": 0.5}},
-            {"camera": {"offset_mm": 0.0}},
-            {"body": {"mirror": 0.0}},
-            {"crop": {"cut": 0.0}},
-        )
-    }
-    assert len(names) == 7
-    copy = write_clips(tmp_path / "copy", {"a": 5, "test/c": 6})
-    before = motion.builder_config(tiny(copy)).name
-    assert motion.builder_config(tiny(copy)).name == before
-    write_clips(tmp_path / "copy", {"a": 4, "test/c": 6})
-    assert motion.builder_config(tiny(copy)).name != before
-    # Defaults written out are the defaults.
-    default = motion.builder_config(motion.default_config())
-    assert default.name == motion.builder_config(ml_collections.ConfigDict()).name
+def test_name_follows_content(tmp_path):
+    changes = (
+        {"seed": 1}, {"fps": 20.0}, {"body": bodies.BodyConfig(mirror=0.0)},
+        {"simulator": simulator.SimulatorConfig(clutter=0.5)},
+    )  # fmt: skip
+    names = {data_set_name(motion.MotionConfig(**change)) for change in ({}, *changes)}
+    assert len(names) == 5
+    config = motion.MotionConfig(source=str(tmp_path))
+    write_clips(tmp_path, {"a": 5, "test/c": 6})
+    before = data_set_name(config)
+    assert data_set_name(config) == before
+    write_clips(tmp_path, {"a": 4, "test/c": 6})
+    assert data_set_name(config) != before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sead": 1}, r"data\.sead is unknown"),
-        ({"camera": {"hight": 1.0}}, r"data\.camera\.hight is unknown"),
-        ({"camera": 3.0}, r"data\.camera is 3\.0; it must hold"),
-        ({"seed": "a"}, r"data\.seed is 'a'; it must be a int"),
-        ({"fps": -1.0}, r"data\.fps is -1\.0; it must be at least 0"),
-        ({"fps": float("nan")}, r"data\.fps is nan; it must be at least 0"),
-        ({"test_clips": 3}, r"data\.test_clips is 3; it must be a str"),
-        ({"test_stride": 0}, r"data\.test_stride is 0; it must be at least 1"),
+        ({"sead": 1}, r"config\.data\.builder: unknown field sead"),
+        ({"camera": {"hight": 1.0}}, r"config\.data\.builder\.camera: unknown field hight"),
+        ({"camera": 3.0}, r"config\.data\.builder\.camera must hold fields, not '3\.0'"),
+        ({"seed": "a"}, r"config\.data\.builder\.seed must be of type int, not 'a'"),
+        ({"fps": -1.0}, r"config\.data\.builder\.fps must be 0 to 1000000\.0, not -1\.0"),
+        ({"fps": float("nan")}, r"config\.data\.builder\.fps must be"),
+        ({"test_stride": 0}, r"config\.data\.builder\.test_stride must be 1 to"),
+        ({"body": {"height_mm_min": 2000}}, r"builder\.body\.height_mm_min must be 100 to 1950"),
+        ({"simulator": {"missed": 1.5}}, r"builder\.simulator\.missed must be 0 to 1, not 1\.5"),
+        ({"crop": {"cut": -0.1}}, r"builder\.crop\.cut must be 0 to 1"),
+        ({"camera": {"distance_mm_min": 0}}, r"builder\.camera\.distance_mm_min must be 1 to 6500"),
+        ({"test_clips": "a"}, r"builder\.test_clips is 'a', but the embedded clips have fixed"),
     ],
 )
 def test_bad_configurations(changes, message):
-    with pytest.raises(ValueError, match=message):
-        motion.builder_config(ml_collections.ConfigDict(changes))
+    for fields in (changes, ml_collections.ConfigDict(changes)):
+        with pytest.raises(ValueError, match=message):
+            motion.prepare(fields)
+
+
+def test_default_fields_are_those_of_the_dataclass():
+    default = motion.default_config()
+    assert parse(motion.MotionConfig, default, "config") == motion.MotionConfig()
 
 
 def test_a_folder_is_thinned_and_divided_as_configured(folder, tmp_path):
     config = tiny(folder, fps=25.0, test_clips="a", test_views_per_frame=1)
     builder = motion.prepare(config, tmp_path)
     test = motion.read_all(builder, "test")
-    clips = {clip.name: clip for clip in mocap.read_folder(folder, fps=25.0, test_clips="a")}
-    assert set(test["clip"]) == {"a", "c", "d"}
     assert set(motion.read_all(builder, "train")["clip"]) == {"b"}
-    for name in ("a", "c", "d"):
-        assert (test["clip"] == name).sum() == len(clips[name].positions_mm)
+    clips = motion.read_folder(folder, fps=25.0, test_clips="a")
+    expected = {clip.name: len(clip.positions_mm) for clip in clips if clip.split == "test"}
+    names, counts = np.unique(test["clip"], return_counts=True)
+    assert dict(zip(names, counts, strict=True)) == expected
+    assert set(expected) == {"a", "c", "d"}
 
 
-def test_embedded_clips_are_thinned_but_not_divided_anew(tmp_path):
-    config = {"fps": 2.0, "train_views_per_frame": 1, "test_views_per_frame": 1}
-    builder = motion.prepare(ml_collections.ConfigDict(config), tmp_path)
-    expected = [mocap.thin(clip, 2.0) for clip in mocap.load_embedded()]
+def test_embedded_clips_are_thinned(tmp_path):
+    fields = {"fps": 2.0, "train_views_per_frame": 1, "test_views_per_frame": 1}
+    builder = motion.prepare(fields, tmp_path)
+    expected = [thin(clip, 2.0) for clip in motion.load_embedded()]
     frames = sum(len(clip.positions_mm) for clip in expected if clip.split == "test")
     assert len(motion.read_all(builder, "test")["frame"]) == frames < 100
-    with pytest.raises(ValueError, match=r"data\.test_clips is 'a', but the embedded clips have"):
-        motion.builder_config(ml_collections.ConfigDict({"test_clips": "a"}))
 
 
-def test_missing_folder(tmp_path):
+def test_what_cannot_be_prepared(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="must be 'embedded' or a folder"):
-        motion.builder_config(tiny(tmp_path / "nothing"))
-
-
-def test_too_many_examples_are_refused(folder, tmp_path):
+        motion.prepare(tiny(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="Use fewer views per frame"):
         motion.prepare(tiny(folder, train_views_per_frame=100_000), tmp_path)
 
@@ -191,10 +180,8 @@ def test_too_many_examples_are_refused(folder, tmp_path):
 def test_tensorflow_is_never_imported(folder, tmp_path):
     program = f"""
 import sys
-import ml_collections
 from diffpose_jax.data import motion
-config = ml_collections.ConfigDict({tiny(folder).to_dict()!r})
-builder = motion.prepare(config, {str(tmp_path)!r})
+builder = motion.prepare({tiny(folder).to_dict()!r}, {str(tmp_path)!r})
 assert builder.as_data_source("train")[0]["heatmaps"].shape == (16, 64, 64)
 motion.read_all(builder, "test")
 assert "tensorflow" not in sys.modules
@@ -210,38 +197,39 @@ assert "tensorflow" not in sys.modules
 # Bodies.
 
 
+POSES = np.concatenate([clip.positions_mm for clip in motion.load_embedded()]).astype(float)
+
+
 def embedded_poses(number, seed):
-    positions = np.concatenate([clip.positions_mm for clip in mocap.load_embedded()])
-    return positions[np.random.default_rng(seed).integers(0, len(positions), number)]
+    return POSES[np.random.default_rng(seed).integers(0, len(POSES), number)]
 
 
 def bones_of(poses):
     return np.stack([poses[:, b] - poses[:, a] for a, b in H36M_BONES], axis=1)
 
 
+def vary(seed, poses, **config):
+    return bodies.vary_bodies(np.random.default_rng(seed), poses, bodies.BodyConfig(**config))
+
+
 def test_bodies_keep_the_directions_and_the_floor():
     poses = embedded_poses(300, seed=1)
-    varied = motion.vary_bodies(
-        np.random.default_rng(2), poses, motion.BodyConfig(mirror=0.0, bone_std=0.2)
-    )
-    before, after = bones_of(poses.astype(float)), bones_of(varied)
+    varied = vary(2, poses, mirror=0.0, bone_std=0.2)
+    before, after = bones_of(poses), bones_of(varied)
     lengths, new = np.linalg.norm(before, axis=-1), np.linalg.norm(after, axis=-1)
-    # Some bones of the source may be very short.
     np.testing.assert_allclose((before * after).sum(-1) / (lengths * new), 1.0, atol=1e-9)
     ratio = dict(zip([H36M_JOINTS[b] for _, b in H36M_BONES], (new / lengths).T, strict=True))
     for part in ("Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist"):
         np.testing.assert_allclose(ratio["L" + part], ratio["R" + part])
     assert np.std(np.log(ratio["LElbow"] / ratio["LKnee"])) == pytest.approx(0.28, abs=0.05)
     np.testing.assert_allclose(varied[:, 0, :2], poses[:, 0, :2])
-    shift = varied[..., 2].min(-1) / np.where(poses[..., 2].min(-1) == 0, 1, poses[..., 2].min(-1))
-    assert np.all((shift > 0.4) & (shift < 2.0) | (np.abs(poses[..., 2].min(-1)) < 1))
+    floor = poses[..., 2].min(-1)
+    shift = varied[..., 2].min(-1) / np.where(floor == 0, 1, floor)
+    assert np.all((shift > 0.4) & (shift < 2.0) | (np.abs(floor) < 1))
 
 
 def test_stature_is_the_drawn_one():
-    standing = np.concatenate([c.positions_mm[:1] for c in mocap.load_embedded()][:1]).repeat(
-        500, 0
-    )
-    varied = motion.vary_bodies(np.random.default_rng(3), standing, motion.BodyConfig())
+    varied = vary(3, POSES[:1].repeat(500, 0))
     parts = [H36M_JOINTS.index(n) for n in ("LAnkle", "LKnee", "Spine", "Thorax", "Nose", "Head")]
     lengths = np.linalg.norm(bones_of(varied), axis=-1)[:, np.array(parts) - 1].sum(-1) * 1.05
     # The bones from ankle to head; mirrored bodies have the same ones.
@@ -251,56 +239,38 @@ def test_stature_is_the_drawn_one():
 
 def test_mirrored_bodies():
     poses = embedded_poses(50, seed=4)
-    fixed = {"bone_std": 0.1, "height_mm_min": 1700.0, "height_mm_max": 1800.0}
-    plain, mirrored = (
-        motion.vary_bodies(
-            np.random.default_rng(5), poses, motion.BodyConfig(mirror=chance, **fixed)
-        )
-        for chance in (0.0, 1.0)
-    )
+    plain, mirrored = (vary(5, poses, bone_std=0.1, mirror=chance) for chance in (0.0, 1.0))
     np.testing.assert_allclose(mirrored, plain[:, H36M_MIRROR] * [-1, 1, 1])
-    np.testing.assert_allclose(motion.mirror_poses(mirrored), plain)
+    np.testing.assert_allclose(bodies.mirror_poses(mirrored), plain)
 
 
 def test_exchanged_parts_keep_the_legs_the_bones_and_the_heading():
     rng = np.random.default_rng(11)
-    poses = np.concatenate([clip.positions_mm for clip in mocap.load_embedded()]).astype(float)
-    receivers, donors = poses[rng.integers(len(poses), size=40)], poses[::7]
-    mixed = motion.exchange_parts(rng, receivers, donors, chance=1.0)
+    receivers = embedded_poses(40, seed=11)
+    mixed = bodies.exchange_parts(rng, receivers, POSES[::7], chance=1.0)
     np.testing.assert_array_equal(mixed[:, :7], receivers[:, :7])
     assert np.all(np.abs(mixed[:, 11:] - receivers[:, 11:]).max(axis=(1, 2)) > 1)
-
-    def bone_lengths(positions_mm):
-        return np.stack(
-            [
-                np.linalg.norm(positions_mm[:, a] - positions_mm[:, b], axis=-1)
-                for a, b in H36M_BONES
-            ]
-        )
-
     # The embedded clips share one body, to the 0.1 mm that they are stored with.
-    np.testing.assert_allclose(bone_lengths(mixed), bone_lengths(receivers), atol=0.5)
+    before, after = (np.linalg.norm(bones_of(poses), axis=-1) for poses in (receivers, mixed))
+    np.testing.assert_allclose(after, before, atol=0.5)
+    np.testing.assert_array_equal(
+        bodies.exchange_parts(rng, receivers, POSES[::7], chance=0.0), receivers
+    )
 
 
 def test_exchange_takes_each_part_from_one_donor_turned_about_the_vertical():
     rng = np.random.default_rng(12)
-    clips = mocap.load_embedded()
-    receiver, donor = clips[0].positions_mm[:1].astype(float), clips[-1].positions_mm[40:41]
-    mixed = motion.exchange_parts(rng, receiver, donor.astype(float), chance=1.0)[0]
+    receiver, donor = POSES[:1], POSES[-1:]
+    mixed = bodies.exchange_parts(rng, receiver, donor, chance=1.0)[0]
     # One donor gives trunk and arms, so that the upper body is the donor's but for a turn.
     upper, given = mixed[7:] - mixed[0], donor[0, 7:] - donor[0, 0]
     np.testing.assert_allclose(upper[:, 2], given[:, 2], atol=1e-6)
-    np.testing.assert_allclose(
-        np.linalg.norm(upper, axis=-1), np.linalg.norm(given, axis=-1), rtol=1e-6
-    )
-    hips, donor_hips = mixed[4] - mixed[1], donor[0, 4] - donor[0, 1]
-    shoulders, donor_shoulders = mixed[11] - mixed[14], donor[0, 11] - donor[0, 14]
-    angle = np.arctan2(*hips[1::-1]) - np.arctan2(*shoulders[1::-1])
-    donor_angle = np.arctan2(*donor_hips[1::-1]) - np.arctan2(*donor_shoulders[1::-1])
-    np.testing.assert_allclose(np.cos(angle - donor_angle), 1.0, atol=1e-9)
+    lengths = np.linalg.norm(upper, axis=-1)
+    np.testing.assert_allclose(lengths, np.linalg.norm(given, axis=-1), rtol=1e-6)
 
+    def twist(pose):
+        """Angle on the floor from the line of the shoulders to that of the hips."""
+        hips, shoulders = pose[4] - pose[1], pose[11] - pose[14]
+        return np.arctan2(*hips[1::-1]) - np.arctan2(*shoulders[1::-1])
 
-def test_no_exchange_leaves_poses_alone():
-    rng = np.random.default_rng(13)
-    poses = mocap.load_embedded()[0].positions_mm
-    np.testing.assert_array_equal(motion.exchange_parts(rng, poses, poses[::-1], 0.0), poses)
+    np.testing.assert_allclose(np.cos(twist(mixed) - twist(donor[0])), 1.0, atol=1e-9)

@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 
 from diffpose_jax.data import simulator
-from diffpose_jax.data.motion import MotionConfig, make_examples
-from diffpose_jax.data.motion.clips import load_embedded
+from diffpose_jax.data.motion import MotionConfig, load_embedded, make_examples
 from diffpose_jax.evaluation.ambiguity import fit_gaussians
-from diffpose_jax.skeleton import (
-    H36M_JOINTS,
-    H36M_MIRROR,
-    MPII_JOINTS,
-    MPII_MIRROR,
-    MPII_TO_H36M,
-)
+from diffpose_jax.skeleton import H36M_JOINTS, H36M_MIRROR, MPII_JOINTS, MPII_MIRROR, MPII_TO_H36M
 
 EXACT = simulator.SimulatorConfig(
     quality_std=0.0, error=0.0, amplitude_std=0.0, sigma_std=0.0, hidden_unsure=0.0, missed=0.0,
@@ -48,8 +41,13 @@ def hidden_names(points):
     return {name for name, flag in zip(MPII_JOINTS, hidden, strict=True) if flag}
 
 
-def cells_of(points, scale=151.3):
-    return 32 + scale * points[..., :2] / points[..., 2:]
+def cells_of(points):
+    return 32 + 151.3 * points[..., :2] / points[..., 2:]
+
+
+def detect(seed, points, config=EXACT, shift=0.0):
+    rng = np.random.default_rng(seed)
+    return simulator.simulate(rng, points, cells_of(points) + shift, config)
 
 
 @functools.cache
@@ -58,7 +56,7 @@ def examples():
     positions = np.concatenate([clip.positions_mm for clip in clips])
     rng = np.random.default_rng(0)
     chosen = positions[rng.integers(0, len(positions), 1200)]
-    made = make_examples(rng, chosen, MotionConfig(name="test"))
+    made = make_examples(rng, chosen, MotionConfig())
     made["rendered"] = np.asarray(jax.jit(lambda b: simulator.render(b, jnp))(made["heatmaps"]))
     return made
 
@@ -108,8 +106,7 @@ def test_seen_from_behind():
 def test_an_exact_detector_is_exact():
     points = np.concatenate([person(), person(LWrist=(30, -100, 5250))])
     cells = cells_of(points)
-    found = simulator.simulate(np.random.default_rng(2), points, cells, EXACT)
-    heatmaps = simulator.render(found.blobs)
+    heatmaps = simulator.render(detect(2, points).blobs)
     np.testing.assert_allclose(heatmaps.max((2, 3)), 0.9, atol=0.06)
     row, column = np.unravel_index(heatmaps.reshape(2, 16, -1).argmax(-1), (64, 64))
     np.testing.assert_array_equal(np.stack([column, row], -1), np.round(cells[:, MPII_TO_H36M]))
@@ -121,10 +118,7 @@ def test_an_exact_detector_is_exact():
 def test_mirroring_the_person_mirrors_the_heatmaps():
     points = person(LWrist=(30, -100, 5250), RKnee=(-200, 300, 4700))
     mirrored = (points * [-1, 1, 1])[:, H36M_MIRROR]
-    detections = [
-        simulator.simulate(np.random.default_rng(3), p, cells_of(p), EXACT)
-        for p in (points, mirrored)
-    ]
+    detections = [detect(3, p) for p in (points, mirrored)]
     np.testing.assert_array_equal(detections[0].hidden[:, MPII_MIRROR], detections[1].hidden)
     heatmaps = [simulator.render(found.blobs) for found in detections]
     # Column c becomes 64 - c (the image's centre is cell 32); column 0 has no partner.
@@ -134,26 +128,16 @@ def test_mirroring_the_person_mirrors_the_heatmaps():
 
 def test_same_seed_same_detections():
     points = np.concatenate([person()] * 5)
-    config = simulator.SimulatorConfig()
-    a, b, c = (
-        simulator.simulate(np.random.default_rng(seed), points, cells_of(points), config)
-        for seed in (4, 4, 5)
-    )
-    np.testing.assert_array_equal(a.blobs, b.blobs)
-    assert not np.array_equal(a.blobs, c.blobs)
-    assert not np.array_equal(a.blobs[0], a.blobs[1])
-    assert a.blobs.dtype == np.float32
-    assert a.blobs.shape == (5, 16, simulator.NUM_BLOBS, 5)
+    a, b, c = (detect(seed, points, simulator.SimulatorConfig()).blobs for seed in (4, 4, 5))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
+    assert not np.array_equal(a[0], a[1])
 
 
 def test_joints_outside_the_crop_are_low_and_near_the_border():
-    points = np.concatenate([person()] * 200)
-    cells = cells_of(points) + np.array([0.0, 12.0])
-    found = simulator.simulate(
-        np.random.default_rng(5), points, cells, simulator.SimulatorConfig(missed=0.0)
-    )
-    truth = cells[:, MPII_TO_H36M]
-    cut = truth[..., 1] >= 63.5
+    points, shift = np.concatenate([person()] * 200), np.array([0.0, 12.0])
+    found = detect(5, points, simulator.SimulatorConfig(missed=0.0), shift)
+    cut = (cells_of(points) + shift)[:, MPII_TO_H36M, 1] >= 63.5
     assert cut[0].sum() == 2
     main = found.blobs[..., 0, :]
     assert np.median(main[cut][:, 0]) < 0.2
@@ -199,11 +183,12 @@ def test_heatmaps_have_faint_background_of_both_signs():
 @pytest.mark.parametrize("field", ["confusion", "clutter", "neighbour", "missed", "background"])
 def test_every_failure_has_its_parameter(field):
     points = np.concatenate([person()] * 50)
-    base = simulator.simulate(np.random.default_rng(7), points, cells_of(points), EXACT)
     more = {field: 0.8} | ({"confusion_behind": 0.8} if field == "confusion" else {})
-    config = dataclasses.replace(EXACT, **more)
-    changed = simulator.simulate(np.random.default_rng(7), points, cells_of(points), config)
-    difference = np.abs(simulator.render(changed.blobs) - simulator.render(base.blobs))
+    base, changed = (
+        simulator.render(detect(7, points, config).blobs)
+        for config in (EXACT, dataclasses.replace(EXACT, **more))
+    )
+    difference = np.abs(changed - base)
     assert (difference.max((2, 3)) > 0.02).mean() > 0.1
 
 

@@ -4,9 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from motion_files import CMU_BONES, asf_text, bvh_text, cmu_frame, write_cmu
+from motion_files import (
+    CMU_BONES,
+    asf_text,
+    bandai_namco,
+    bvh_text,
+    cmu_bvh,
+    cmu_frame,
+    lafan1,
+    write_cmu,
+)
 
-from diffpose_jax.data.motion import clips as mocap
+from diffpose_jax.data import motion
 from diffpose_jax.data.motion.asf_amc import read_amc
 from diffpose_jax.data.motion.bvh import read_bvh
 from diffpose_jax.data.motion.skeletons import (
@@ -22,102 +31,6 @@ from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_LEFT, H36M_RIGHT
 JOINT = {name: index for index, name in enumerate(H36M_JOINTS)}
 
 
-def cmu_bvh(rows=1):
-    """The person in the names of the BVH conversion; the unit is 56.4 mm."""
-
-    def leg(side, sign):
-        foot = ((0, -7, 0), {f"{side}ToeBase": ((0, -1, 2), (0, 0, 1))})
-        thigh = ((1.5 * sign, -1.8, 0.8), {f"{side}Leg": ((0, -7.2, 0), {f"{side}Foot": foot})})
-        return ((0, 0, 0), {f"{side}UpLeg": thigh})
-
-    def arm(side, sign):
-        hand = ((3.5 * sign, 0, 0), (1 * sign, 0, 0))
-        upper = ((3 * sign, 1, 0), {f"{side}ForeArm": ((5 * sign, 0, 0), {f"{side}Hand": hand})})
-        return ((0, 0, 0), {f"{side}Arm": upper})
-
-    head = ((0, 0, 0), {"Neck1": ((0, 1.8, 0), {"Head": ((0, 1.8, 0), (0, 1.8, 0))})})
-    chest = {"Neck": head, "LeftShoulder": arm("Left", 1), "RightShoulder": arm("Right", -1)}
-    spine = ((0, 2, 0), {"Spine1": ((0, 4, 0), chest)})
-    trunk = {"LHipJoint": leg("Left", 1), "RHipJoint": leg("Right", -1)}
-    tree = {"Hips": ((0, 0, 0), {**trunk, "LowerBack": ((0, 0, 0), {"Spine": spine})})}
-    num_channels = bvh_text(tree, []).count("rotation") + 3
-    row = [1, 18, 5] + [0] * (num_channels - 3)
-    return bvh_text(tree, [row] * rows, 0.0083333)
-
-
-# In the other two data sets the x axis of a bone points along it; of trunk and head y points to
-# the front and z to the left. A root that turns these axes upright: Z Y X angles (90, 0, 90).
-def lafan1(rows=1):
-    def leg(side, sign):
-        foot = ((42, 0, 0), {f"{side}Toe": ((17, 0, 0), (0, 0, 0))})
-        return ((0.1, 1.9, 10.5 * sign), {f"{side}Leg": ((43, 0, 0), {f"{side}Foot": foot})})
-
-    def arm(side, sign):
-        hand = ((25, 0, 0), (0, 0, 0))
-        upper = ((11, 0, 0), {f"{side}ForeArm": ((33, 0, 0), {f"{side}Hand": hand})})
-        return ((20, -1.5, 6 * sign), {f"{side}Arm": upper})
-
-    chest = {
-        "Neck": ((26, 0, 0), {"Head": ((12, 0, 0), (0, 0, 0))}),
-        "LeftShoulder": arm("Left", 1),
-        "RightShoulder": arm("Right", -1),
-    }
-    spine = ((7, -2.6, 0), {"Spine1": ((12.6, 0, 0), {"Spine2": ((12.3, 0, 0), chest)})})
-    legs = {"LeftUpLeg": leg("Left", 1), "RightUpLeg": leg("Right", -1)}
-    tree = {"Hips": ((0, 0, 0), {**legs, "Spine": spine})}
-    angles = {"Hips": (90, 0, 90)}
-    angles |= {"LeftUpLeg": (180, 0, 0), "RightUpLeg": (180, 0, 0)}
-    # z to the left: about y to have x point left or right.
-    angles |= {"LeftShoulder": (0, -90, 0), "RightShoulder": (0, 90, 0)}
-    return posed(tree, angles, (173, 94, -518), rows, "ZYX", ("ROOT",))
-
-
-def bandai_namco(rows=1):
-    def leg(side, sign):
-        foot = ((41 * sign, 0, 0), {f"Toes_{side}": ((12 * sign, 0, 0), (0, 0, 0))})
-        lower = {f"LowerLeg_{side}": ((39 * sign, 0, 0), {f"Foot_{side}": foot})}
-        return ((-2.2, 0, 6.5 * sign), lower)
-
-    def arm(side, sign):
-        hand = ((22 * sign, 0, 0), (0, 0, 0))
-        lower = {f"LowerArm_{side}": ((24 * sign, 0, 0), {f"Hand_{side}": hand})}
-        return ((13, 0, 5 * sign), {f"UpperArm_{side}": ((5.3 * sign, 0, 0), lower)})
-
-    chest = {
-        "Neck": ((16.4, 0, 0), {"Head": ((6.5, 0, 0), (0, 0, 0))}),
-        "Shoulder_L": arm("L", 1),
-        "Shoulder_R": arm("R", -1),
-    }
-    legs = {"UpperLeg_L": leg("L", 1), "UpperLeg_R": leg("R", -1)}
-    spine = ((15.7, 0, 0), {"Chest": ((9, -0.4, 0), chest)})
-    # The OFFSET of the hips, as in the data set, is not where they are.
-    tree = {"joint_Root": ((0, 0, 0), {"Hips": ((0.8, 94, -452), {"Spine": spine, **legs})})}
-    angles = {"Hips": (90, 90, 0), "UpperLeg_L": (180, 0, 0)}
-    angles |= {"Shoulder_L": (0, 0, -90), "Shoulder_R": (0, 0, -90)}
-    return posed(tree, angles, None, rows, "ZXY", None, {"Hips": (-0.5, 93.5, -9)})
-
-
-def posed(tree, angles, place, rows, order, positions, places=None):
-    """A file with these angles by joint; with `places` all joints have position channels."""
-    names, row = [], []
-
-    def walk(name, offset, children):
-        names.append(name)
-        if positions is None:
-            row.extend((places or {}).get(name, offset))
-        elif not row:
-            row.extend(place)
-        row.extend(angles.get(name, (0, 0, 0)))
-        if isinstance(children, dict):
-            for child, (child_offset, grandchildren) in children.items():
-                walk(child, child_offset, grandchildren)
-
-    ((root, (offset, children)),) = tree.items()
-    walk(root, offset, children)
-    placed = tuple(names) if positions is None else positions
-    return bvh_text(tree, [row] * rows, 0.0333333, lambda name: order, placed)
-
-
 def files(tmp_path):
     texts = {"cmu": cmu_bvh(3), "lafan1": lafan1(2), "bandai": bandai_namco(2)}
     for name, text in texts.items():
@@ -129,23 +42,20 @@ def files(tmp_path):
 def test_standing_people_stand_face_forward_and_have_their_left_on_the_left(tmp_path):
     fps = {"05_01": 120, "cmu": 120, "lafan1": 30, "bandai": 30}
     for path in files(tmp_path):
-        clip = mocap.read_clip(path)
+        clip = motion.read_clip(path)
         assert clip.fps == pytest.approx(fps[clip.name], rel=1e-4)
         assert clip.positions_mm.shape == (2, 17, 3)  # the rest pose of the conversion is left out
         body = clip.positions_mm[0].astype(np.float64)
         at = {name: body[index] for name, index in JOINT.items()}
         # y is left, x is the front, z is up.
-        np.testing.assert_allclose(
-            body[list(H36M_LEFT)], body[list(H36M_RIGHT)] * [1, -1, 1], atol=1e-2
-        )
-        assert np.all(body[list(H36M_LEFT), 1] > 50), path
-        middle = [JOINT[name] for name in ("Hip", "Spine", "Thorax", "Nose", "Head")]
-        np.testing.assert_allclose(body[middle, 1], 0, atol=1e-3)
+        left, right = body[list(H36M_LEFT)], body[list(H36M_RIGHT)]
+        np.testing.assert_allclose(left, right * [1, -1, 1], atol=1e-2)
+        assert np.all(left[:, 1] > 50), path
+        middle = body[[JOINT[name] for name in ("Hip", "Spine", "Thorax", "Nose", "Head")]]
+        np.testing.assert_allclose(middle[:, 1], 0, atol=1e-3)
         assert at["Nose"][0] > (at["Thorax"][0] + at["Head"][0]) / 2 + 15, path
-        heights = body[middle, 2]
-        assert np.all(np.diff(heights) > 70), path
-        ankles = body[[JOINT["LAnkle"], JOINT["RAnkle"]], 2]
-        assert np.all((ankles > 20) & (ankles < 200)), path
+        assert np.all(np.diff(middle[:, 2]) > 70), path
+        assert 20 < at["LAnkle"][2] < 200, path
         # Proportions of a person, loosely.
         assert 1400 < at["Head"][2] < 2100, path
         np.testing.assert_allclose(at["Hip"], (at["LHip"] + at["RHip"]) / 2, atol=1e-3)
@@ -166,7 +76,7 @@ def test_limbs_keep_their_lengths_and_their_side_while_moving(tmp_path):
         frame = cmu_frame(rng)
         frame["root"] = (rng.normal(0, 50), 17.5, rng.normal(0, 50), 0, turn, 0)
         frames.append(frame)
-    positions_mm = mocap.read_clip(write_cmu(tmp_path, "05_02", frames)).positions_mm.astype(float)
+    positions_mm = motion.read_clip(write_cmu(tmp_path, "05_02", frames)).positions_mm.astype(float)
     for parent, joint in H36M_BONES:
         name = H36M_JOINTS[joint]
         lengths = np.linalg.norm(positions_mm[:, joint] - positions_mm[:, parent], axis=-1)
@@ -189,7 +99,9 @@ def test_limbs_keep_their_lengths_and_their_side_while_moving(tmp_path):
 
 def test_nose_and_head_follow_the_head(tmp_path):
     turned = cmu_frame(head=(0, 90, 0))  # about the vertical, to the left
-    positions_mm = mocap.read_clip(write_cmu(tmp_path, "05_01", [cmu_frame(), turned])).positions_mm
+    positions_mm = motion.read_clip(
+        write_cmu(tmp_path, "05_01", [cmu_frame(), turned])
+    ).positions_mm
     ahead, left = positions_mm[:, JOINT["Nose"]] - positions_mm[:, JOINT["Thorax"]]
     offset = 0.75 * 25.4 / 0.45
     np.testing.assert_allclose(ahead[:2], [offset, 0], atol=1e-2)
@@ -219,7 +131,6 @@ MINE = {"Root": ((0, 0, 0), {"Top": ((0, 0, 1.7), (0, 0, 0.2))})}
 
 def custom(tmp_path, changes=None, joints=None, rows=6):
     """A stick with three joints as a person: a mapping file can put the 17 joints anywhere."""
-    tmp_path.mkdir(exist_ok=True)
     heights = {"Hip": 0.5, "Spine": 0.35, "Thorax": 0.2, "Nose": 0.1, "Head": 0.0}
     heights |= {f"{side}{part}": value for side in "LR" for part, value in {
         "Hip": 0.5, "Knee": 0.7, "Ankle": 0.9, "Shoulder": 0.2, "Elbow": 0.3, "Wrist": 0.4
@@ -239,7 +150,7 @@ def test_a_mapping_file_places_the_joints(tmp_path):
     path = custom(
         tmp_path, joints={"Head": "TopEnd", "Nose": nose, "LWrist": {"Root": 1.2, "Top": -0.2}}
     )
-    clip = mocap.read_clip(path)
+    clip = motion.read_clip(path)
     assert clip.fps == pytest.approx(40)
     body = clip.positions_mm[3]
     np.testing.assert_allclose(body[JOINT["Hip"]], [0, 0, 950], atol=1e-2)
@@ -254,18 +165,16 @@ def test_an_offset_turns_with_its_axes(tmp_path):
     path = custom(tmp_path, joints={"Nose": nose})
     path.write_text(bvh_text(MINE, [[0, 0, 0.1, 90, 0, 0, 0, 0, 0]]))
     np.testing.assert_allclose(
-        mocap.read_clip(path).positions_mm[0, JOINT["Nose"]], [0, 100, 2000], atol=1e-2
+        motion.read_clip(path).positions_mm[0, JOINT["Nose"]], [0, 100, 2000], atol=1e-2
     )
 
 
 @pytest.mark.parametrize(("up", "expected"), [("x", (2, 3, 1)), ("y", (3, 1, 2)), ("z", (1, 2, 3))])
 def test_the_axis_that_points_up(tmp_path, up, expected):
     """A cyclic exchange: no body is mirrored."""
-    path = custom(tmp_path, {"up": up})
+    path = custom(tmp_path, {"up": up}, dict.fromkeys(H36M_JOINTS, "Root"))
     path.write_text(bvh_text(MINE, [[1, 2, 3, 0, 0, 0, 0, 0, 0]]))
     positions_mm, _ = to_h36m(path, read_bvh(path), path.with_name("skeleton.json"))
-    flat = custom(tmp_path / "flat", {"up": up}, dict.fromkeys(H36M_JOINTS, "Root"))
-    positions_mm, _ = to_h36m(flat, read_bvh(path), flat.with_name("skeleton.json"))
     np.testing.assert_allclose(positions_mm[0, 4], np.array(expected) * 1000.0)
 
 
@@ -278,10 +187,10 @@ def test_stride_first_frames_and_rate(tmp_path):
 
 def test_a_mapping_file_may_only_correct_a_known_skeleton(tmp_path):
     path = write_cmu(tmp_path, "05_01", [cmu_frame()] * 4)
-    before = mocap.read_clip(path)
+    before = motion.read_clip(path)
     scale = 50 / (25.4 / 0.45)
     (tmp_path / "skeleton.json").write_text('{"unit_mm": 50, "fps": 60, "stride": 2}')
-    after = mocap.read_clip(path)
+    after = motion.read_clip(path)
     assert (before.fps, after.fps) == (120, 30)
     # All but what is given in millimetres.
     legs = slice(0, 9)
@@ -298,64 +207,61 @@ def test_the_nearest_mapping_file_holds_up_to_the_folder(tmp_path):
     (tmp_path / "skeleton.json").write_text("not in the folder, not read")
     (folder / "skeleton.json").write_text('{"fps": 100}')
     (folder / "slow" / "skeleton.json").write_text('{"fps": 50}')
-    rates = {clip.name: clip.fps for clip in mocap.read_folder(folder)}
+    rates = {clip.name: clip.fps for clip in motion.read_folder(folder)}
     assert rates == {"05_01": 100, "06_01": 100, "slow/deep/07_01": 50}
-    assert mocap.read_clip(folder / "test" / "06_01.amc").fps == 120
+    assert motion.read_clip(folder / "test" / "06_01.amc").fps == 120
 
 
 def test_an_unknown_skeleton_is_told_what_to_do(tmp_path):
     path = custom(tmp_path)
     (tmp_path / "skeleton.json").unlink()
     with pytest.raises(ValueError, match=r"stick\.bvh.*no known skeleton.*skeleton\.json.*TopEnd"):
-        mocap.read_clip(path)
+        motion.read_clip(path)
     (tmp_path / "skeleton.json").write_text('{"unit_mm": 10}')
     with pytest.raises(ValueError, match="no known skeleton"):
-        mocap.read_clip(path)
+        motion.read_clip(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "joints", "message"),
     [
-        ({}, {"Head": "Hat"}, r"needs the joints Hat, .* The file has: Root, Top, TopEnd"),
+        ({}, {"Head": "Hat"}, r"needs the joints Hat\. The file has: Root, Top, TopEnd"),
         ({}, {"Head": {"Hat": 0.5, "Cap": 0.5}}, r"needs the joints Cap, Hat"),
         ({}, {"Head": {"Root": 0.5, "Top": 0.4}}, r"the weights of Head add up to 0\.9, not 1"),
         ({}, {"Head": {"Root": "all"}}, r'Head is {"Root": "all"}; give "joint"'),
-        ({}, {"Head": {}}, r"the weights of Head add up to 0, not 1"),
-        ({}, {"Head": 7}, r'Head is 7; give "joint"'),
         ({}, {"Head": ["Top"]}, r"Head is \[\"Top\"\]"),
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2, "3"]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset": [1, 2, 3]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2, 3], "axes": 1}}, "Head is"),
-        ({}, {"head": "Top"}, "lacks: none; unknown: head; it must have each of Hip, RHip"),
-        ({"joints": {"Hip": "Root"}}, {}, "joints lacks: RHip, RKnee, .*; unknown: none"),
-        ({"joints": "Root"}, {}, "joints must be an object with the 17 joints"),
-        ({"unit": 10}, {}, "some of the fields fps, joints, skip_frames, stride, unit_mm, up"),
-        ({"up": "down"}, {}, 'up is "?\'?down.*must be "x", "y" or "z"'),
-        ({"up": ["z"]}, {}, "up is"),
-        ({"up": None}, {}, "must also say which axis is up"),
+        ({}, {"head": "Top"}, "must have each of Hip, RHip.* missing or unknown: head"),
+        ({"joints": {"Hip": "Root"}}, {}, "missing or unknown: Head, LAnkle"),
+        ({"joints": "Root"}, {}, r"skeleton\.json\.joints must be of type"),
+        ({"unit": 10}, {}, "unknown field unit; the fields are joints, unit_mm, up, fps"),
+        ({"up": "down"}, {}, r"skeleton\.json\.up must be one of x, y, z, not 'down'"),
+        ({"up": None}, {}, "up must be one of x, y, z, not None"),
         ({"unit_mm": None}, {}, r"stick\.bvh does not tell its unit_mm; give it in a skel"),
-        ({"unit_mm": 0}, {}, "unit_mm is 0; it must be a number of type float"),
-        ({"unit_mm": "10"}, {}, "unit_mm is '10'"),
-        ({"fps": True}, {}, "fps is True"),
-        ({"fps": float("nan")}, {}, "fps is nan"),
-        ({"fps": 10**400}, {}, "fps is 1000"),
-        ({"stride": 1.5}, {}, "stride is 1.5; it must be a number of type int, at least 1"),
-        ({"skip_frames": -1}, {}, "skip_frames is -1"),
+        ({"unit_mm": 0}, {}, r"skeleton\.json\.unit_mm must be 1e-06 to 1000000.0, not 0"),
+        ({"unit_mm": "10"}, {}, "unit_mm must be of type"),
+        ({"fps": True}, {}, "fps must be of type"),
+        ({"fps": float("nan")}, {}, "fps must be"),
+        ({"fps": 10**400}, {}, "fps must be"),
+        ({"stride": 1.5}, {}, "stride must be of type"),
+        ({"skip_frames": -1}, {}, "skip_frames must be 0 to"),
         ({"skip_frames": 6}, {}, r"shape \(0, 17, 3\)"),
     ],
 )  # fmt: skip
 def test_mapping_errors(tmp_path, changes, joints, message):
     with pytest.raises(ValueError, match=message):
-        mocap.read_clip(custom(tmp_path, changes, joints))
+        motion.read_clip(custom(tmp_path, changes, joints))
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "\udce4", "[" * 100_000, '{"a": 1}'])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "\udce4", "[" * 100_000])
 def test_a_mapping_file_must_hold_an_object(tmp_path, text):
     path = custom(tmp_path)
     path.with_name("skeleton.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"skeleton\.json (is no JSON file|must hold an object)"):
-        mocap.read_clip(path)
+    with pytest.raises(ValueError, match=r"skeleton\.json (is no JSON file|must hold fields)"):
+        motion.read_clip(path)
 
 
 def test_a_motion_without_a_rate_needs_one(tmp_path):
@@ -369,8 +275,8 @@ def test_a_motion_without_a_rate_needs_one(tmp_path):
     del content["unit_mm"]  # this format tells it
     path.with_name("skeleton.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"stick\.amc does not tell its fps"):
-        mocap.read_clip(amc)
+        motion.read_clip(amc)
     path.with_name("skeleton.json").write_text(json.dumps({**content, "fps": 24}))
-    clip = mocap.read_clip(amc)
+    clip = motion.read_clip(amc)
     assert clip.fps == 24
     np.testing.assert_allclose(clip.positions_mm[0, JOINT["Head"]], [0, 0, 1800], rtol=1e-5)

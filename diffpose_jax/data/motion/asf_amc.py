@@ -122,6 +122,8 @@ def read_amc(path: str | Path) -> Recording:
             fps = float(line.floats(1)[0])
         elif keyword in (":DEGREES", ":RADIANS"):
             in_degrees = keyword == ":DEGREES"
+        elif not keyword.startswith(":"):
+            raise line.error(f"{keyword[:40]!r} before the first frame's number")
     sizes = {bone.name: len(bone.freedoms) for bone in bones if bone.freedoms}
     frames = [
         _frame(lines[start:end], sizes) for start, end in itertools.pairwise([*starts, len(lines)])

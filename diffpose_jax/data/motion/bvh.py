@@ -92,7 +92,8 @@ def _read_hierarchy(lines: list[Line]) -> tuple[list[_Joint], Line]:
         elif keyword == "CHANNELS" and inside and not inside.is_end:
             count = next(tokens)[1]
             inside.channels = [next(tokens)[1].upper() for _ in range(6 if count == "6" else 3)]
-            if set(inside.channels) not in ({*_ROTATIONS}, {*_ROTATIONS, *_POSITIONS}):
+            wanted = {"3": {*_ROTATIONS}, "6": {*_ROTATIONS, *_POSITIONS}}
+            if set(inside.channels) != wanted.get(count):
                 raise line.error(
                     f"the {count[:40]} channels of joint {inside.name[:60]} must be Xrotation, "
                     "Yrotation and Zrotation, with or without the three positions, in any order"
