@@ -9,7 +9,6 @@ z forward, millimetres) and pixels of the image; there is one person.
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import numpy as np
@@ -95,24 +94,13 @@ class MpiInf3dhp(PhotographsBuilder):
 
     def photographs(self) -> list[Photographs]:
         """The valid frames of all recordings."""
-        return read_annotations(self.source, self.config.annotation)
-
-
-def read_annotations(source: Path, annotation: str = "univ_annot3") -> list[Photographs]:
-    """Reads the annotations of all six recordings, in order, without a look into the images."""
-    missing = [subject for subject in SCENES if not (source / subject).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"{source} has no folder {', '.join(missing)}: give the folder of MPI-INF-3DHP's test "
-            "set (mpi_inf_3dhp_test_set), which holds TS1 to TS6."
-        )
-    return [_read(source / subject, annotation) for subject in SCENES]
+        return [_read(self.source / subject, self.config.annotation) for subject in SCENES]
 
 
 def _read(folder: Path, annotation: str) -> Photographs:
     path = folder / "annot_data.mat"
     arrays = _read_mat(path)
-    images = _find_images(folder / "imageSequence")
+    images = {int(path.stem[4:]): path for path in folder.glob("imageSequence/img_[0-9]*.jpg")}
     valid = np.flatnonzero(arrays["valid_frame"][:, 0])
     numbers = valid + 1
     if missing := sorted(set(numbers.tolist()) - set(images)):
@@ -160,10 +148,3 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
                 raise FileError(f"{path}: {name} is {array.shape}; it must be {expected}.")
             arrays[name] = array[()]
     return arrays
-
-
-def _find_images(folder: Path) -> dict[int, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing: it holds the images of the recording.")
-    names = ((re.fullmatch(r"img_(\d+)\.jpg", path.name), path) for path in folder.iterdir())
-    return {int(match[1]): path for match, path in names if match}

@@ -42,7 +42,6 @@ KINDS = {
     "zero or less": lambda rng: np.minimum(rng.normal(0, 1, (64, 64)), 0.0),
     "all zero": lambda rng: np.zeros((64, 64)),
     "single cell": single_cell,
-    "hundreds": lambda rng: rng.normal(-300, 400, (64, 64)),
     "near the largest": lambda rng: 65000 * rng.random((64, 64)),
 }
 
@@ -153,7 +152,7 @@ def test_unknown_form():
         compact.decode([zlib.crc32(content).to_bytes(4, "little") + content])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 66000.0])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 66000.0])
 @pytest.mark.parametrize("max_dropped_mass", [5e-4, None])
 def test_heights_that_float16_cannot_hold(value, max_dropped_mass):
     maps = np.stack([image(one_blob, seed) for seed in range(2)])

@@ -11,7 +11,6 @@ import pytest
 from diffpose_jax.data import prepared
 from diffpose_jax.data.human36m import Human36m, raw, released, sequences, wehrbein
 from diffpose_jax.data.human36m.sequences import Sequence
-from diffpose_jax.detectors import crops
 from diffpose_jax.skeleton import H36M_FROM_32, MPII_TO_H36M
 
 
@@ -232,12 +231,10 @@ def test_damaged_files(small_copy, damage):
 
 
 def test_a_crop_beside_the_picture_names_the_frame(small_copy):
-    keypoints_px = np.ones((1, 9, 64)) * np.linspace(5000, 5100, 64)
-    files.write_cdf(path_of(small_copy, "2d"), keypoints_px)
+    files.write_cdf(path_of(small_copy, "2d"), np.ones((1, 9, 64)) * np.linspace(5000, 5100, 64))
     files.write_cdf(path_of(small_copy, "3d"), np.ones((1, 9, 96)))
-    found = find(small_copy, ("S5",), ("Waiting",))
     with pytest.raises(ValueError, match=r"Waiting 2\.54138969\.mp4: frame 3"):
-        read_raw(found)
+        read_raw(find(small_copy, ("S5",), ("Waiting",)))
 
 
 # --- the released file -------------------------------------------------------------------
@@ -274,8 +271,6 @@ def test_prepared_from_the_released_file(released_file, tmp_path, split, monkeyp
 
 
 def test_released_file_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing.h5: there is no such file"):
-        released.check(tmp_path / "nothing.h5", "standard")
     (tmp_path / "text.h5").write_text("a page of a server that says no")
     with pytest.raises(ValueError, match=r"text.h5 is not an HDF5 file"):
         released.check(tmp_path / "text.h5", "standard")
@@ -300,10 +295,6 @@ def without(rows, field):
     ("change", "message"),
     [
         (lambda rows: {"trainset": rows}, "/dataset/testset is missing"),
-        (
-            lambda rows: {"trainset": rows, "testset": rows[:0]},
-            "/dataset/testset is missing, empty",
-        ),
         (lambda rows: {"trainset": rows, "testset": np.ones(3)}, "or not a table"),
         (
             lambda rows: {"trainset": rows, "testset": without(rows, "heatmap")},
@@ -417,43 +408,35 @@ def test_a_pickle_runs_no_code(tmp_path, where, protocol):
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [eval, np.float64(1.0)], ids=str)
-def test_other_globals_are_refused(tmp_path, content):
-    write_pickle(tmp_path / "odd.pickle", content)
-    with pytest.raises(ValueError, match=r"odd.pickle cannot be loaded: it holds"):
-        wehrbein.load_arrays(tmp_path / "odd.pickle")
+OBJECTS = pickle.dumps(np.array([None], dtype=object), protocol=4)
 
 
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
+        (pickle.dumps(eval), "it holds builtins.eval"),
+        (pickle.dumps(np.float64(1.0)), "it holds numpy"),
         # Protocol 4 looks names up along their dots.
         (b"\x80\x04\x8c\x05numpy\x8c\x18ndarray.__init__.__new__\x93.", "it holds numpy.ndarray._"),
         # numpy.ndarray((1,), "O", bytes) takes the bytes for an address.
         (b"\x80\x04cnumpy\nndarray\n(K\x01\x85X\x01\0\0\0OC\x08AAAAAAAAtR.", "not callable"),
         # So does an array of objects whose type says that it holds none.
         (
-            pickle.dumps(np.array([None], dtype=object), 4)
-            .replace(b"K?t\x94b", b"K\0t\x94b")
-            .replace(b"]\x94Na", b"C\x08AAAAAAAA"),
-            "cannot be loaded",
+            OBJECTS.replace(b"K?t\x94b", b"K\0t\x94b").replace(b"]\x94Na", b"C\x08AAAAAAAA"),
+            "objects",
         ),
+        # NumPy would read on behind the list.
+        (OBJECTS.replace(b"K\x01\x85", b"K\xff\x85"), "another size than its content"),
+        (pickle.dumps(np.arange(10_000))[:9_000], "cannot be loaded"),
+        (b"a page of a server that says no", "cannot be loaded"),
+        (b"", "cannot be loaded"),
     ],
 )
-def test_nothing_is_taken_for_an_address(tmp_path, made, reason):
+def test_pickles_that_are_refused(tmp_path, made, reason):
     (tmp_path / "odd.pickle").write_bytes(made)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=reason) as raised:
         wehrbein.load_arrays(tmp_path / "odd.pickle")
-
-
-def test_arrays_are_as_large_as_their_content(tmp_path):
-    for array in (np.arange(6.0), np.array(["a", None], dtype=object)):
-        data = pickle.dumps(array, protocol=4)
-        whole, short = bytes([*b"K", len(array), 0x85]), b"K\xff\x85"
-        assert data.count(whole) == 1
-        (tmp_path / "a.pickle").write_bytes(data.replace(whole, short))
-        with pytest.raises(ValueError, match=r"a\.pickle cannot be loaded: .* size"):
-            wehrbein.load_arrays(tmp_path / "a.pickle")
+    assert "odd.pickle cannot be loaded" in str(raised.value)
 
 
 @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
@@ -481,18 +464,6 @@ def test_arrays_of_older_numpy_are_loaded(tmp_path):
     assert b"numpy._core" in today
     (tmp_path / "old.pickle").write_bytes(today.replace(b"numpy._core", b"numpy.core"))
     np.testing.assert_array_equal(wehrbein.load_arrays(tmp_path / "old.pickle"), array)
-
-
-def test_damaged_pickles(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"trainset_h36m.pickle"):
-        wehrbein.check(tmp_path, "validation")
-    write_pickle(tmp_path / "cut.pickle", np.arange(10_000))
-    cut(tmp_path / "cut.pickle", 0.5)
-    (tmp_path / "text.pickle").write_text("a page of a server that says no")
-    (tmp_path / "empty.pickle").touch()
-    for name in ("cut", "text", "empty"):
-        with pytest.raises(ValueError, match=f"{name}.pickle cannot be loaded"):
-            wehrbein.load_arrays(tmp_path / f"{name}.pickle")
 
 
 @pytest.mark.parametrize(
@@ -557,7 +528,7 @@ def prepared_raw(whole_copy, tmp_path_factory):
 def test_prepared_from_raw(whole_copy, prepared_raw):
     _, written = whole_copy
     for split, subjects in sequences.SPLITS["standard"].items():
-        columns, heatmaps = prepared.read(prepared_raw.data_dir, split)
+        columns, _ = prepared.read(prepared_raw.data_dir, split)
         count = 2 * (8 * len(subjects) - (split == "train"))  # without the broken one
         assert len(columns["row"]) == count
         assert columns["row"].tolist() == list(range(count))
@@ -565,19 +536,11 @@ def test_prepared_from_raw(whole_copy, prepared_raw):
         # 8 to 11 frames: 3 and 7 are stored.
         assert columns["frame"].tolist() == [3, 7] * (count // 2)
         assert not columns["ambiguous"].any()
-        maps = heatmaps(np.arange(count))
         for i in range(0, count, 5):
             named = (columns[name][i] for name in ("subject", "action", "subaction", "camera"))
-            keypoints_px, points_mm = (x[columns["frame"][i]] for x in written[Sequence(*named)])
+            points_mm = written[Sequence(*named)][1][columns["frame"][i]]
             pose_mm = output_pose(points_mm[[*H36M_FROM_32]])
             np.testing.assert_allclose(columns["pose_mm"][i], pose_mm, atol=2e-3)
-            # From the disc in the video to the hip's heatmap, and back to the video.
-            square = crops.square_crop(keypoints_px[None])
-            hip = maps[i, MPII_TO_H36M.index(0)]
-            weight = np.where(hip > 0.5, hip, 0.0)
-            cell = [(weight.sum(axis) * np.arange(64)).sum() / weight.sum() for axis in (0, 1)]
-            seen_px = crops.cells_to_pixels(np.array(cell)[None, None], *square)[0, 0]
-            assert np.abs(seen_px - keypoints_px[0]).max() < square.side_px[0] / 64
 
 
 def test_prepared_data_need_no_source(whole_copy, prepared_raw):
@@ -605,7 +568,7 @@ def test_validation_split_from_raw(whole_copy, tmp_path, monkeypatch):
         ({"actions": ("Dancing",)}, r"actions must be some of .*, not \('Dancing',\)"),
         ({"actions": ()}, "actions must be some of"),
         ({"stride": 4}, "unknown field stride; the fields are max_dropped_mass, format"),
-        ({"input_px": 255}, "reads crops of input_px = 255 px; it reads 64 px"),
+        ({"input_px": 255}, "needs --detector, one that reads crops of input_px = 255 px"),
         ({"format": "released", "crop": "detector_joints"}, "crop cannot be chosen"),
         ({"format": "wehrbein", "input_px": 255}, "input_px cannot be chosen"),
     ],
@@ -613,7 +576,7 @@ def test_validation_split_from_raw(whole_copy, tmp_path, monkeypatch):
 def test_configurations_that_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path, tmp_path, RedDetector(), **changes)
-    with pytest.raises(ValueError, match=r"the raw form needs a detector .* 256 px; none is given"):
+    with pytest.raises(ValueError, match="the raw form needs --detector"):
         prepare(tmp_path, tmp_path)
 
 

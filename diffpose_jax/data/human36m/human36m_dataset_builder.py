@@ -78,13 +78,10 @@ class Human36m(prepared.DetectionsBuilder):
         """What of the configuration makes a difference, and which source or detector."""
         fields = super().describe()
         if self.config.format == "raw":
-            wanted = self.config.input_px
-            found = None if self.detector is None else self.detector.input_px
-            if found != wanted:
-                given = "none is given" if found is None else f"it reads {found} px"
+            if self.detector is None or self.detector.input_px != self.config.input_px:
                 raise ValueError(
-                    "the raw form needs a detector that reads crops of"
-                    f" input_px = {wanted} px; {given}."
+                    "the raw form needs --detector, one that reads crops of"
+                    f" input_px = {self.config.input_px} px"
                 )
             return fields
         files = [self.source]
