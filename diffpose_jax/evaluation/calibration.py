@@ -85,7 +85,7 @@ class Calibration:
         # JAX makes calibrations of other things than arrays, too.
         factor = self.factor if isinstance(self.factor, np.ndarray) else np.ones(1)
         if not np.all((factor >= 0) & (factor < most)):
-            raise ValueError(f"factor must be finite and not negative, not {factor}")
+            raise ValueError("factor must be finite and not negative")
 
     def fits(self, solver: str, num_hypotheses: int) -> bool:
         """Whether it holds for hypotheses of that solver and number, as far as is known."""
@@ -247,12 +247,13 @@ def read_calibration(
             fields = dict(content[method])
             found = dict(fields.pop(_FITTED_ON, {}))
             fields |= {name: found.get(name) for name in _IN_FITTED_ON}
-            fields["factor"] = np.float32(fields.get("factor", ()))
+            fields["factor"] = np.asarray(fields.get("factor", ()), np.float64)
             calibration = parse(Calibration, fields, method)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
         if is_as_fitted(path, found, fitted_on):
-            return calibration
+            factor = np.asarray(calibration.factor, np.float32)
+            return dataclasses.replace(calibration, factor=factor)
     return None
 
 

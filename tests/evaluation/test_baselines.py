@@ -90,15 +90,10 @@ def test_gaussian_recovers_a_full_covariance():
     assert np.abs((drawn - covariance) / scale).max() < 0.03
 
 
-def test_draws_differ_between_frames_and_keys():
+def test_draws_differ_between_frames():
     gaussian = baselines.GaussianParams(jnp.eye(48) * 10)
-    first, again, other = (
-        baselines.draw(jax.random.key(seed), gaussian, jnp.zeros((2, 17, 3)), 4)
-        for seed in (6, 6, 7)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 1
-    assert np.abs(first[0] - first[1]).max() > 1
+    drawn = baselines.draw(jax.random.key(6), gaussian, jnp.zeros((2, 17, 3)), 4)
+    assert np.abs(drawn[0] - drawn[1]).max() > 1
 
 
 def test_singular_covariances_are_drawn_from_their_span():

@@ -191,6 +191,8 @@ def test_a_calibration_under_other_conditions_counts_as_none(tmp_path, caplog):
         ({"factor": [1.0] * 16}, "factor must be of type"),
         ({"factor": [1.0] * 16 + [float("nan")]}, "factor must be finite"),
         ({"factor": "big"}, "big"),
+        ({"factor": [1e300] * 17}, "factor must be finite"),
+        ({"level": 10**400}, "too large"),
         ({"level": 90}, "level must be"),
         ({"colour": 1}, "unknown field colour"),
         ({"fitted_on": {"solver": 3}}, "solver must be"),
