@@ -40,8 +40,7 @@ from jax import Array
 import experiments
 from configs import h36m
 from diffpose_jax import config as config_lib
-from diffpose_jax.data import motion, pipeline, simulator
-from diffpose_jax.data import prepared as detections
+from diffpose_jax.data import motion, pipeline, prepared, simulator
 from diffpose_jax.data.prepared import Part
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.evaluation import metrics
@@ -317,14 +316,12 @@ def _distances_per_second() -> float:
     return repeats * x.shape[1] / median_seconds(lambda: many(x, y), 9)
 
 
-class SyntheticDetections(detections.DetectionsBuilder):
+class SyntheticDetections(prepared.DetectionsBuilder):
     """Simulated detections of the embedded motion, stored as those of real pictures are."""
 
-    VERSION = tfds.core.Version("1.0.0")
-
     def columns(self) -> dict[str, tfds.features.FeatureConnector]:
-        """The features beside heatmaps and poses."""
-        return {"frame": tfds.features.Scalar(np.int32)}
+        """The features beside heatmaps."""
+        return {"pose_mm": prepared.POSE, "frame": tfds.features.Scalar(np.int32)}
 
     def parts(self) -> list[Part]:
         """Pieces of 1,000 examples."""
@@ -334,7 +331,7 @@ class SyntheticDetections(detections.DetectionsBuilder):
         ]
 
 
-def _read_part(start: int) -> Iterator[detections.Columns]:
+def _read_part(start: int) -> Iterator[prepared.Columns]:
     rng = np.random.default_rng(start)
     positions_mm = np.concatenate([clip.positions_mm for clip in motion.load_embedded()])
     config = motion.MotionConfig()
@@ -342,7 +339,7 @@ def _read_part(start: int) -> Iterator[detections.Columns]:
         chosen = positions_mm[rng.integers(len(positions_mm), size=250)]
         made = motion.make_examples(rng, chosen, config)
         yield {
-            "heatmaps": simulator.render(made["heatmaps"]),
+            "heatmaps": np.asarray(simulator.render(made["heatmaps"])),
             "pose_mm": made["pose_mm"],
             "frame": np.arange(first, first + 250, dtype=np.int32),
         }
@@ -351,13 +348,12 @@ def _read_part(start: int) -> Iterator[detections.Columns]:
 def data() -> None:
     """Preparation and reading of detections, against the training of the paper's model."""
     with tempfile.TemporaryDirectory() as folder:
-        config = detections.named(detections.DetectionsConfig(name=""), "synthetic")
-        builder = SyntheticDetections(config=config, data_dir=folder)
+        builder = SyntheticDetections({}, data_dir=folder)
         start = time.perf_counter()
         builder.prepare()
-        prepared = time.perf_counter() - start
+        seconds_prepared = time.perf_counter() - start
         size = sum(path.stat().st_size for path in Path(builder.data_path).rglob("*"))
-        columns, heatmaps = detections.read(builder, "train")
+        columns, heatmaps = prepared.read(builder.data_dir, "train")
         rng = np.random.default_rng(0)
 
         def read() -> np.ndarray:
@@ -369,7 +365,7 @@ def data() -> None:
     report(
         part="data",
         examples=EXAMPLES.value,
-        prepared_per_second=EXAMPLES.value / prepared,
+        prepared_per_second=EXAMPLES.value / seconds_prepared,
         bytes_per_example=size / EXAMPLES.value,
         read_per_second=read_rate,
         training_consumes_per_second=_BATCH_SIZE / step,

@@ -13,6 +13,8 @@ set depends on. Stopped and started again, it goes on with the parts that are no
 from __future__ import annotations
 
 import dataclasses
+import sys
+from typing import Any
 
 import ml_collections
 from absl import app, flags
@@ -27,33 +29,39 @@ from diffpose_jax.data.lsp import Lsp
 from diffpose_jax.data.mpi_inf_3dhp import MpiInf3dhp
 
 BUILDERS = {builder.name: builder for builder in (Human36m, MpiInf3dhp, Lsp)}
+CONFIGS = {name: builder.CONFIG for name, builder in BUILDERS.items()} | {
+    "motion": motion.MotionConfig
+}
 
-DATASET = flags.DEFINE_enum("dataset", None, [*BUILDERS, "motion"], "Data set to prepare.")
+
+def _flag(name: str, config: Any) -> flags.FlagHolder[ml_collections.ConfigDict]:
+    try:
+        fields = ml_collections.ConfigDict(dataclasses.asdict(config()))
+        return config_flags.DEFINE_config_dict(name, fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sys.exit(f"error: --{name}.FIELD=VALUE does not fit: {error}; it has {', '.join(fields)}")
+
+
+DATASET = flags.DEFINE_enum("dataset", None, list(CONFIGS), "Data set to prepare.")
 SOURCE = flags.DEFINE_string("source", None, "Folder or file of the user's copy.")
 DETECTOR = flags.DEFINE_string("detector", None, "Folder of a converted detector.")
 DTYPE = flags.DEFINE_enum(
     "detector_dtype", "float32", ["float32", "bfloat16"], "Type of the detector's products."
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to; default: where TFDS keeps data sets.")
-FIELDS = {
-    name: config_flags.DEFINE_config_dict(
-        name, ml_collections.ConfigDict(dataclasses.asdict(builder.CONFIG()))
-    )
-    for name, builder in BUILDERS.items()
-}
-MOTION = config_flags.DEFINE_config_dict("motion", motion.default_config())
+FIELDS = {name: _flag(name, config) for name, config in CONFIGS.items()}
 
 
 def main(_: list[str]) -> None:
     """Prepares the data set."""
     if DATASET.value is None or SOURCE.value is None:
         raise app.UsageError("--dataset and --source are needed")
+    fields, detector = FIELDS[DATASET.value].value, None
     try:
         if DATASET.value == "motion":
-            MOTION.value.source = SOURCE.value
-            builder = motion.prepare(MOTION.value, DATA_DIR.value)
+            fields.source = SOURCE.value
+            builder = motion.prepare(fields, DATA_DIR.value)
         else:
-            fields, detector = FIELDS[DATASET.value].value, None
             if DETECTOR.value is not None:
                 detector = detectors.load(DETECTOR.value, fields.get("input_px"), DTYPE.value)
             builder = BUILDERS[DATASET.value](fields, SOURCE.value, detector, DATA_DIR.value)

@@ -97,7 +97,7 @@ def small_copy(tmp_path):
 def read_raw(found, crop="all_joints", input_px=32):
     """All of some recordings, with places counted from 0."""
     counts = [raw.count_poses(recording.poses_2d) // 4 for recording in found]
-    rows = np.cumsum([0, *counts])
+    rows = np.cumsum([0, *counts]).tolist()
     return join(
         chunk
         for recording, row in zip(found, rows[:-1], strict=True)
@@ -544,7 +544,7 @@ def test_prepared_from_raw(whole_copy, prepared_raw):
 
 
 def test_prepared_data_need_no_source(whole_copy, prepared_raw):
-    again = prepare("gone", prepared_raw.data_path.parents[2], RedDetector(), **RAW)
+    again = prepare("gone", str(prepared_raw.data_path.parents[2]), RedDetector(), **RAW)
     assert again.data_path == prepared_raw.data_path
 
 

@@ -14,19 +14,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import test_prepared as test_detections
+import test_prepared
 from paths import ROOT
 from programs import load
 from small import network, small_config, write_motion
 
 import experiments
-from diffpose_jax.data import motion
-from diffpose_jax.data import prepared as detections
+from diffpose_jax.data import motion, prepared
 from diffpose_jax.io import locks, scalars
 from diffpose_jax.training import checkpoints, runs
 from diffpose_jax.training import step as training
@@ -104,7 +102,7 @@ def prepare(folder, source):
         time.sleep(0.05)
         return columns
 
-    test_detections.make(folder, slow).prepare()
+    test_prepared.make(folder, slow).prepare()
 
 
 PROGRESS = re.compile(r"^\s*$|\x1b\[A|\d%\||/s\]$|\?it/s")
@@ -184,8 +182,7 @@ def state_of(folder, source):
 
 def prepared_by(folder, source):
     builder = motion.prepare(config_of(source).data.builder, folder / "data")
-    beside = {path.name for path in Path(builder.data_dir).parent.iterdir()}
-    assert beside == {"1.0.0"}
+    assert test_prepared.beside(builder) == ["1.0.0"]
     return [motion.read_all(builder, split) for split in ("train", "test")]
 
 
@@ -282,10 +279,10 @@ def test_preparation_of_motion_killed_at_any_moment(template, tmp_path):
 
     def check(unbroken, broken):
         folders = [prepare_motion(folder, source) for folder in (unbroken, broken)]
-        assert len({detections.fingerprint(folder.data_dir) for folder in folders}) == 1
+        assert len({prepared.fingerprint(folder.data_dir) for folder in folders}) == 1
         for split in ("train", "test"):
             assert_same(*(motion.read_all(folder, split) for folder in folders))
-        assert [path.name for path in Path(folders[1].data_dir).parent.iterdir()] == ["1.0.0"]
+        assert test_prepared.beside(folders[1]) == ["1.0.0"]
 
     codes = at_random_moments(
         template, "prepare_motion", tmp_path, source, signal.SIGKILL, times=20, seed=3, check=check
@@ -296,9 +293,9 @@ def test_preparation_of_motion_killed_at_any_moment(template, tmp_path):
 @pytest.mark.slow
 def test_preparation_killed_at_any_moment(template, tmp_path):
     def check(unbroken, broken):
-        a, b = (test_detections.make(folder) for folder in (unbroken, broken))
-        assert test_detections.contents(a) == test_detections.contents(b)
-        assert [path.name for path in Path(b.data_dir).parent.iterdir()] == ["1.0.0"]
+        a, b = (test_prepared.make(folder) for folder in (unbroken, broken))
+        assert test_prepared.contents(a) == test_prepared.contents(b)
+        assert test_prepared.beside(b) == [test_prepared.VERSION]
 
     codes = at_random_moments(
         template, "prepare", tmp_path, "", signal.SIGKILL, times=30, seed=1, check=check
