@@ -18,11 +18,7 @@ from diffpose_jax.config import check_range
 
 @dataclasses.dataclass(frozen=True)
 class CameraConfig:
-    """Distribution of cameras around a person; the defaults follow Human3.6M's four cameras.
-
-    What a camera looks at is drawn uniformly in +- `offset_mm` around the person, so that people
-    stand anywhere in the image.
-    """
+    """Distribution of cameras around a person; the defaults follow Human3.6M's four cameras."""
 
     focal_length_px_min: float = 1143.0  # Human3.6M: 1143.5 to 1149.8, images of 1000 x 1000 px
     focal_length_px_max: float = 1150.0
@@ -33,7 +29,7 @@ class CameraConfig:
     distance_mm_max: float = 6500.0
     height_mm_min: float = 1300.0  # of the camera above the floor
     height_mm_max: float = 1700.0
-    offset_mm: float = 900.0  # largest horizontal distance of the subject from the optical axis
+    offset_mm: float = 900.0  # largest, uniform: between the subject and what a camera looks at
     target_height_mm_min: float = 700.0  # above the floor, of the point at which a camera looks
     target_height_mm_max: float = 1100.0
     roll_std_degrees: float = 1.0  # rotation about the optical axis
@@ -63,10 +59,7 @@ def look_at(
     target_mm: Float[np.ndarray, "B 3"],
     roll: Float[np.ndarray, " B"],
 ) -> Float[np.ndarray, "B 3 3"]:
-    """Rotation, world to camera, of cameras that look at a target, not straight up or down.
-
-    `roll` is a rotation about the optical axis in radians.
-    """
+    """Rotation, world to camera, of cameras that look at a target; `roll` in radians."""
     forward = target_mm - position_mm
     forward = forward / np.linalg.norm(forward, axis=-1, keepdims=True)
     right = np.cross(forward, np.array([0.0, 0.0, 1.0]))
@@ -109,11 +102,7 @@ def world_to_camera(
 def project(
     points_camera_mm: Float[np.ndarray, "B N 3"], camera: Camera
 ) -> Float[np.ndarray, "B N 2"]:
-    """Points in camera coordinates as pixels of the image.
-
-    Raises:
-      ValueError: if a point lies less than 100 mm before the camera, or behind it.
-    """
+    """Points in camera coordinates as pixels of the image; refused less than 100 mm before it."""
     nearest = float(points_camera_mm[..., 2].min(initial=np.inf))
     if nearest < 100.0:
         raise ValueError(

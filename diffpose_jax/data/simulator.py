@@ -1,8 +1,7 @@
 """A simulated 2D detector: joint positions in, heatmaps that fail as detectors' heatmaps fail out.
 
-A heatmap is a sum of R axis-aligned Gaussian blobs, each (amplitude, x, y, sigma_x, sigma_y) in
-heatmap cells, so that a data set stores 16 x R x 5 numbers instead of 16 x 64 x 64 and a batch is
-rendered by one batched matrix product. The blobs of a joint are
+A heatmap is a sum of R axis-aligned Gaussian blobs, so that a data set stores 16 x R x 5 numbers
+instead of 16 x 64 x 64 and a batch is rendered by one matrix product. The blobs of a joint are
 
 * the main mode near the joint: 2 cells wide and about 0.9 high as in a network trained on
   Gaussian targets of that size; wider, lower and further off for joints hidden behind the body;
@@ -12,9 +11,9 @@ rendered by one batched matrix product. The blobs of a joint are
 * very wide and faint background of either sign.
 
 Errors of one image share its quality, so that some images are bad in many joints. The geometry is
-real (who is hidden, what is cut off); the rest imitates HRNet's output and is calibrated on two
-figures: about 6.4 % of the frames have a joint whose fitted Gaussian is wider than 5 px (the
-published share in Human3.6M's test set), and the error of the argmax.
+real; the rest imitates HRNet's output and is calibrated on two figures: about 6.4 % of the frames
+have a joint whose fitted Gaussian is wider than 5 px (the published share in Human3.6M's test
+set), and the error of the argmax.
 """
 
 from __future__ import annotations
@@ -155,10 +154,9 @@ def hidden_joints(
 
 def seen_from_behind(joints_mm: Float[np.ndarray, "B 16 3"]) -> Float[np.ndarray, " B"]:
     """How far people are turned away: 0 faces the camera, 0.5 in profile, 1 from behind."""
-    names = ("RHip", "LHip", "Pelvis", "Thorax")
-    rhip, lhip, pelvis, thorax = (joints_mm[:, MPII_JOINTS.index(name)] for name in names)
-    forward = np.cross(lhip - rhip, thorax - pelvis)
-    to_camera = -pelvis
+    points = [joints_mm[:, MPII_JOINTS.index(n)] for n in ("RHip", "LHip", "Pelvis", "Thorax")]
+    rhip, lhip, pelvis, thorax = points
+    forward, to_camera = np.cross(lhip - rhip, thorax - pelvis), -pelvis
     norms = np.linalg.norm(forward, axis=-1) * np.linalg.norm(to_camera, axis=-1)
     return 0.5 - 0.5 * (forward * to_camera).sum(-1) / (norms + 1e-9)
 

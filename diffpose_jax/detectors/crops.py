@@ -2,7 +2,7 @@
 
 Pixels have x right and y down. A crop may reach beyond the picture. A heatmap covers its crop with
 64 x 64 cells whose values belong to whole-number coordinates, without a half-pixel shift, as in the
-targets that HRNet is trained on: the argmax of an exact detector stands in column `round(x)`.
+targets of HRNet's training: the argmax of an exact detector stands in column `round(x)`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ def square_crop(keypoints_px: Real[np.ndarray, "B N 2"], scale: float = CROP_SCA
 def square_crop_image(
     image: np.ndarray,
     corner_px: Real[np.ndarray, " 2"],
-    side_px: float | np.floating,
+    side_px: int | float | np.number,
     size: int,
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Cuts a square out of an RGB picture and resizes it; it is black beside the picture.
 
     Bilinear with antialiasing: where the crop shrinks, a pixel averages all that it covers. The
-    published program resizes with torchvision, which does the same since its version 0.17 and
-    took four neighbours alone before.
+    published program resizes with torchvision, which does so since its version 0.17.
 
     Raises:
       ValueError: if the image is not (H, W, 3) uint8, or the square has no part of it.

@@ -290,7 +290,7 @@ def test_read_clip_rejects_what_is_not_such_an_archive(tmp_path):
             clips.read_clip(tmp_path / f"{name}.npz")
     with pytest.raises(FileNotFoundError):
         clips.read_clip(tmp_path / "absent.npz")
-    with pytest.raises(ValueError, match=r"\.fbx file; convert it to one of: .*\.npz"):
+    with pytest.raises(ValueError, match=r"convert this \.fbx file to one of: .*\.npz"):
         clips.read_clip(tmp_path / "walk.fbx")
 
 
@@ -355,7 +355,7 @@ def test_read_folder_holds_out_what_a_pattern_names(tmp_path):
 
     assert test_clips_of("03_*") == {"03_01", "03_02", "04_01"}
     assert test_clips_of("*03_*") == {"03_01", "03_02", "deep/03_03", "04_01"}
-    with pytest.raises(ValueError, match=r"no clip that matches test_clips '05_\*'; the names are"):
+    with pytest.raises(ValueError, match=r"no clip that matches test_clips '05_\*'; it has: 02_01"):
         test_clips_of("05_*")
     with pytest.raises(ValueError, match="gives no train clip"):
         test_clips_of("*")

@@ -136,7 +136,7 @@ def test_name_follows_content(tmp_path):
         ({"simulator": {"missed": 1.5}}, r"builder\.simulator\.missed must be 0 to 1, not 1\.5"),
         ({"crop": {"cut": -0.1}}, r"builder\.crop\.cut must be 0 to 1"),
         ({"camera": {"distance_mm_min": 0}}, r"builder\.camera\.distance_mm_min must be 1 to 6500"),
-        ({"test_clips": "a"}, r"builder\.test_clips is 'a', but the embedded clips have fixed"),
+        ({"test_clips": "a"}, r"builder\.test_clips must be empty: the embedded clips have fixed splits"),
     ],
 )
 def test_bad_configurations(changes, message):
@@ -171,7 +171,7 @@ def test_embedded_clips_are_thinned(tmp_path):
 
 
 def test_what_cannot_be_prepared(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be 'embedded' or a folder"):
+    with pytest.raises(FileNotFoundError, match="must be 'embedded' or a folder, not"):
         motion.prepare(tiny(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="Use fewer views per frame"):
         motion.prepare(tiny(folder, train_views_per_frame=100_000), tmp_path)

@@ -7,10 +7,9 @@ from diffpose_jax.data.motion.builder import (
     prepare,
     read_all,
 )
-from diffpose_jax.data.motion.clips import Clip, load_embedded, read_clip, read_folder
+from diffpose_jax.data.motion.clips import load_embedded, read_clip, read_folder
 
 __all__ = [
-    "Clip",
     "MotionConfig",
     "default_config",
     "load_embedded",

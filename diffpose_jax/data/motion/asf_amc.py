@@ -43,13 +43,10 @@ def read_asf(path: str | Path) -> tuple[list[Bone], float, bool]:
 
     `length` among the `:units` is taken as the CMU database uses it: lengths divided by it are
     inches (mocap.cs.cmu.edu, FAQ: 0.45, so that the unit is 56.4 mm).
-
-    Raises:
-      ValueError: the file is no ASF, is cut off or contradicts itself; names the line.
     """
     path = Path(path)
-    sections: dict[str, list[Line]] = {"": []}
-    section = sections[""]
+    sections: dict[str, list[Line]] = {}
+    section: list[Line] = []
     for line in read_lines(path):
         word = line.words[0]
         if word.startswith(":"):
@@ -79,9 +76,6 @@ def find_asf(path: str | Path) -> Path:
     It is the .asf file with the name of the motion or with that name up to the last underscore
     (CMU: `02.asf` for `02_01.amc`), or else the only one in the folder, unless both names have
     CMU's form and tell different subjects.
-
-    Raises:
-      ValueError: there is none, or none can be chosen.
     """
     path = Path(path)
     found = {
@@ -102,9 +96,8 @@ def find_asf(path: str | Path) -> Path:
 def read_amc(path: str | Path) -> Recording:
     """Reads a motion of the skeleton that `find_asf` finds; a frame has all bones that can move.
 
-    Returns:
-      "root" and the bones; a position is where the bone ends, and the axes are the world's as
-      the bone moves them. `fps` is None unless the file has :SAMPLES-PER-SECOND.
+    The joints are "root" and the bones; a position is where the bone ends, and the axes are the
+    world's as the bone moves them. `fps` is None unless the file has :SAMPLES-PER-SECOND.
 
     Raises:
       ValueError: a file is no such file, is cut off or contradicts itself; names the line.
@@ -144,10 +137,8 @@ def _frame(lines: list[Line], sizes: dict[str, int]) -> Float[np.ndarray, " C"]:
             raise line.error(f"{name[:40]!r} is neither a bone that moves nor a frame's number")
         numbers[name] = line.floats(sizes[name])
     if missing := [name for name in sizes if name not in numbers]:
-        raise lines[0].error(
-            f"the frame that starts here lacks {listed(missing)}; the file is cut off or has "
-            "another skeleton"
-        )
+        reason = f"the frame that starts here lacks {listed(missing)}"
+        raise lines[0].error(f"{reason}; the file is cut off or has another skeleton")
     return np.concatenate([numbers[name] for name in sizes])
 
 
@@ -162,10 +153,9 @@ def _root(section: list[Line], in_degrees: bool) -> Bone:
     freedoms = tuple(word.upper() for word in fields["order"].words[1:])
     if sorted(freedoms) != sorted(_ROTATIONS + _TRANSLATIONS):
         raise fields["order"].error("the root's order must hold TX TY TZ RX RY RZ, in any order")
-    position = fields["position"].floats(3)
-    orientation = fields["orientation"]
-    axes = _axes(orientation, [*orientation.words[1:], *fields["axis"].words[1:]], in_degrees)
-    return Bone(ROOT, -1, position, axes, freedoms)
+    words = [*fields["orientation"].words[1:], *fields["axis"].words[1:]]
+    axes = _axes(fields["orientation"], words, in_degrees)
+    return Bone(ROOT, -1, fields["position"].floats(3), axes, freedoms)
 
 
 def _bone(block: list[Line], in_degrees: bool) -> Bone:
@@ -174,13 +164,12 @@ def _bone(block: list[Line], in_degrees: bool) -> Bone:
         if needed not in fields or len(fields[needed].words) < 2:
             raise block[0].error(f"the bone that begins here has no {needed}")
     name = fields["name"].words[1]
-    direction = fields["direction"].floats(3)
-    length = fields["length"].floats(1)
+    vector = fields["length"].floats(1) * fields["direction"].floats(3)
     freedoms = tuple(word.upper() for word in fields["dof"].words[1:])
     if not set(freedoms) <= set(_ROTATIONS) or len(set(freedoms)) < len(freedoms):
         raise fields["dof"].error(f"dof of {name[:60]} may hold rx, ry and rz once each")
     axes = _axes(fields["axis"], fields["axis"].words[1:], in_degrees)
-    return Bone(name, -1, length * direction, axes, freedoms)
+    return Bone(name, -1, vector, axes, freedoms)
 
 
 def _axes(line: Line, words: list[str], in_degrees: bool) -> Rotation:
@@ -217,11 +206,9 @@ def _connect(bones: list[Bone], section: list[Line]) -> list[Bone]:
         order = list(graphlib.TopologicalSorter(hierarchy).static_order())
     except graphlib.CycleError as error:
         raise section[0].error(f"a bone hangs on itself: {listed(error.args[1])}") from error
-    index = {name: place for place, name in enumerate(order)}
-    return [
-        dataclasses.replace(by_name[name], parent=index.get(parents.get(name, ""), -1))
-        for name in order
-    ]
+    places = {name: place for place, name in enumerate(order)}
+    parent_of = {name: places[parent] for name, parent in parents.items()}
+    return [dataclasses.replace(by_name[name], parent=parent_of.get(name, -1)) for name in order]
 
 
 def _moved(

@@ -18,10 +18,10 @@ _BONE_GROUPS: tuple[tuple[str, ...], ...] = (
 _GROUP_OF_JOINT = np.array(
     [0] + [next(g for g, group in enumerate(_BONE_GROUPS) if j in group) for j in H36M_JOINTS[1:]]
 )
-STATURE = ("LAnkle", "LKnee", "Spine", "Thorax", "Nose", "Head")
-"""Lower joints of the bones that add up to a standing body, from the ankle to the head's top."""
+STATURE_JOINTS = [H36M_JOINTS.index(name) for name in ("LAnkle", "LKnee", *H36M_JOINTS[7:11])]
+STATURE_PARENTS = [H36M_PARENTS[joint] for joint in STATURE_JOINTS]
+"""Ends of the bones that add up to a standing body, from the ankle to the top of the head."""
 
-_STATURE_JOINTS = list(map(H36M_JOINTS.index, STATURE))
 # What is exchanged, the joint that it hangs on, and the right and left joint that tell where it
 # faces: the upper body (hip; hips), the arms (thorax; shoulders).
 _PARTS = ((slice(7, None), 0, 1, 4), (slice(11, None), 8, 14, 11))
@@ -31,17 +31,13 @@ _STATURE_FACTOR = 1.05
 
 @dataclasses.dataclass(frozen=True)
 class BodyConfig:
-    """Variation of the bodies. Mirrored and exchanged poses have a chance each.
+    """Variation of the bodies."""
 
-    The bone groups are hip width, thigh, shin, trunk, neck and head, shoulder width, upper arm and
-    forearm.
-    """
-
-    bone_std: float = 0.06  # log; of a bone group's length factor
+    bone_std: float = 0.06  # log; of the length factors of the groups of bones
     height_mm_min: float = 1500.0  # stature, drawn uniformly, whoever was recorded
     height_mm_max: float = 1950.0
-    mirror: float = 0.5
-    exchange: float = 0.7  # of the upper body, and again of the arms; in training, `exchange_parts`
+    mirror: float = 0.5  # chance
+    exchange: float = 0.7  # chance that a training pose gets another's upper body, then its arms
 
     def __post_init__(self) -> None:
         check_range(self, bone_std=(0, 1), mirror=(0, 1), exchange=(0, 1))
@@ -62,9 +58,8 @@ def exchange_parts(
     """Gives poses the upper body, and then the arms, of other poses, each with a chance.
 
     A few thousand recorded frames hold few combinations of what legs, trunk and arms can do; a
-    network that has only seen these takes the legs as proof of what the arms do. The part is
-    turned about the vertical (z) so that hips (or shoulders) face the same way, and put on the
-    hip (or on the thorax).
+    network that has only seen these takes the legs as proof of what the arms do. The part is turned
+    about the vertical (z) so that hips (shoulders) face the same way, and put on the hip (thorax).
     """
     positions_mm = positions_mm.copy()
     for joints, root, right, left in _PARTS:
@@ -95,8 +90,8 @@ def vary_bodies(
     """Gives every pose another body, which may be mirrored.
 
     Directions of the bones stay; lengths are multiplied by a factor for each bone group and then
-    together so that the stature is the drawn one. The lowest joint's height above the floor
-    (z = 0) scales with the body, and the hip's horizontal position stays.
+    together to the drawn stature. The lowest joint's height above the floor (z = 0) scales with the
+    body, and the hip's horizontal position stays.
     """
     batch = len(positions_mm)
     factors = rng.lognormal(0.0, config.bone_std, (batch, len(_BONE_GROUPS)))[:, _GROUP_OF_JOINT]
@@ -119,4 +114,4 @@ def vary_bodies(
 
 def _stature(bones: Float[np.ndarray, "B 17 3"]) -> Float[np.ndarray, " B"]:
     """Stature in mm, were the body to stand, from the bones to each joint."""
-    return _STATURE_FACTOR * np.linalg.norm(bones[:, _STATURE_JOINTS], axis=-1).sum(-1)
+    return _STATURE_FACTOR * np.linalg.norm(bones[:, STATURE_JOINTS], axis=-1).sum(-1)

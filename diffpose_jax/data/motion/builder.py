@@ -1,9 +1,8 @@
 """TFDS builder that turns motion capture into examples for training and evaluation.
 
-Every frame is seen several times: each time another body, another camera, another crop and
-another draw of the detector's failures. All randomness comes from
-`numpy.random.default_rng([seed, split, hash of the clip's name, view])`, so examples depend
-neither on the order nor on the number of the others.
+Every frame is seen several times: each time another body, camera, crop and draw of the detector's
+failures. All randomness comes from `numpy.random.default_rng([seed, split, hash of the clip's name,
+view])`, so examples depend neither on the order nor on the number of the others.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ from diffpose_jax.skeleton import NUM_HEATMAPS
 
 EMBEDDED = "embedded"
 _SPLITS = ("train", "test")
-# TFDS sorts up to this much in memory and needs TensorFlow for more.
-_LARGEST_SPLIT_BYTES = 1000 << 20
-_EXAMPLE_BYTES = 3200
+# What TFDS sorts in memory, 1000 MiB: it needs TensorFlow for more.
+_MOST_EXAMPLES = 327_680
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +70,7 @@ class MotionConfig:
         counts = ("train_views_per_frame", "test_views_per_frame", "test_stride")
         check_range(self, fps=(0, 1e6), seed=(0, 1 << 63), **dict.fromkeys(counts, (1, 1 << 31)))
         if self.test_clips and self.source == EMBEDDED:
-            raise ValueError(
-                f"test_clips is {self.test_clips!r}, but the embedded clips have fixed splits; "
-                "leave it empty or set source to a folder"
-            )
+            raise ValueError("test_clips must be empty: the embedded clips have fixed splits")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -84,23 +79,19 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def data_set_name(config: MotionConfig) -> str:
-    """Names a data set after its content: a hash of all fields and of the motion files' bytes.
-
-    Raises:
-      FileNotFoundError: if `source` is neither "embedded" nor a folder.
-    """
+    """Names a data set after its content: a hash of all fields and of the motion files' bytes."""
     folder = clips.ARCHIVE.parent if config.source == EMBEDDED else Path(config.source)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"config.data.builder.source is {config.source!r}; it must be {EMBEDDED!r} or a folder"
-            " of motion files"
+            f"config.data.builder.source must be {EMBEDDED!r} or a folder, not {config.source!r}"
         )
-    every = sorted(path for path in folder.rglob("*") if path.is_file())
+    files, label = sorted(path for path in folder.rglob("*") if path.is_file()), "folder"
+    if config.source == EMBEDDED:
+        files, label = [clips.ARCHIVE], EMBEDDED
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for path in [clips.ARCHIVE] if config.source == EMBEDDED else every:
+    for path in files:
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
-    label = config.source if config.source == EMBEDDED else "folder"
     return f"{label}_{digest.hexdigest()[:12]}"
 
 
@@ -167,11 +158,10 @@ class Motion(tfds.core.GeneratorBasedBuilder):
         views = config.train_views_per_frame if is_training else config.test_views_per_frame
         stride = 1 if is_training else config.test_stride
         total = views * sum(len(clip.positions_mm[::stride]) for clip in recordings)
-        if total * _EXAMPLE_BYTES > _LARGEST_SPLIT_BYTES:
+        if total > _MOST_EXAMPLES:
             raise ValueError(
-                f"the {split} split would have {total} examples, more than can be sorted in "
-                f"memory ({_LARGEST_SPLIT_BYTES // _EXAMPLE_BYTES}). Use fewer views per frame "
-                f"(now {views}), fewer frames a second (fps) or a larger stride."
+                f"the {split} split would have {total} examples, more than {_MOST_EXAMPLES}. Use "
+                f"fewer views per frame (now {views}), frames a second (fps) or a larger stride."
             )
         all_positions_mm = np.concatenate([clip.positions_mm for clip in recordings])
         for clip in recordings:
@@ -195,9 +185,8 @@ def make_examples(
 ) -> dict[str, np.ndarray]:
     """Makes one example of each pose in the world (z up, the floor at z = 0).
 
-    Returns:
-      `heatmaps` as blobs (B, 16, R, 5), `pose_mm` (B, 17, 3), `keypoints_xy` (B, 17, 2), all
-      float32, and `hidden` (B, 16) bool.
+    They are `heatmaps` as blobs (B, 16, R, 5), `pose_mm` (B, 17, 3), `keypoints_xy` (B, 17, 2), all
+    float32, and `hidden` (B, 16) bool.
     """
     world = vary_bodies(rng, positions_mm, config.body)
     camera = cameras.sample_cameras(rng, world[:, 0], config.camera)
@@ -228,11 +217,8 @@ def _disturb(rng: np.random.Generator, crop: crops.Crop, config: CropConfig) -> 
 def prepare(fields: Any, data_dir: str | Path | None = None) -> tfds.core.DatasetBuilder:
     """Opens the data set of a configuration, after writing it where it is missing.
 
-    A second process that prepares the same waits for the first.
-
-    Args:
-      fields: those of `MotionConfig` that differ from their defaults, a ConfigDict or a mapping.
-      data_dir: folder of all data sets; by default where TFDS keeps them.
+    `fields` are those of `MotionConfig` that differ from their defaults. A second process that
+    prepares the same waits for the first.
 
     Raises:
       ValueError, FileNotFoundError: for wrong fields or an unreadable source.
@@ -250,18 +236,15 @@ def prepare(fields: Any, data_dir: str | Path | None = None) -> tfds.core.Datase
 def read_all(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.ndarray]:
     """Reads a split, such as "test" or "train[:10%]", of a prepared builder without rendering it.
 
-    Returns:
-      `blobs` (N, 16, R, 5), `pose_mm` (N, 17, 3), `keypoints_xy` (N, 17, 2) float32, `hidden`
-      (N, 16) bool, `clip` (N,) str and `frame` (N,) int32, in the stored (shuffled) order.
+    The columns are `blobs` (N, 16, R, 5), `pose_mm` (N, 17, 3), `keypoints_xy` (N, 17, 2), `hidden`
+    (N, 16), `clip` (N,) and `frame` (N,), in the stored (shuffled) order.
     """
     source = builder.as_data_source(split, decoders={"heatmaps": tfds.decode.SkipDecoding()})
     rows = source.__getitems__(range(len(source)))
+    columns = ("pose_mm", "keypoints_xy", "hidden")
     return {
+        **{name: np.stack([row[name] for row in rows]) for name in columns},
         "blobs": np.stack([decode_blobs(row["heatmaps"]) for row in rows]),
-        **{
-            key: np.stack([row[key] for row in rows])
-            for key in ("pose_mm", "keypoints_xy", "hidden")
-        },
         "clip": np.array([row["clip"].decode() for row in rows]),
         "frame": np.array([row["frame"] for row in rows], np.int32),
     }

@@ -37,9 +37,8 @@ class _Joint:
 def read_bvh(path: str | Path) -> Recording:
     """Reads a BVH file: one skeleton, each joint with 3 rotation and perhaps 3 position channels.
 
-    Returns:
-      The joints in the order of the file, End Sites among them as the name of their joint and
-      "End", with the axes of that joint.
+    The joints are in the order of the file, End Sites among them as the name of their joint and
+    "End", with the axes of that joint.
 
     Raises:
       ValueError: the file is no BVH, is cut off or contradicts itself; names the line.
@@ -48,7 +47,7 @@ def read_bvh(path: str | Path) -> Recording:
     lines = read_lines(path)
     joints, motion = _read_hierarchy(lines)
     ends = np.cumsum([len(joint.channels) for joint in joints])
-    lines = [line for line in lines if line.number >= motion.number]
+    lines = lines[lines.index(motion) :]
     frame_time, numbers = _read_motion(lines, int(ends[-1]))
     moved = list(map(_moved, joints, np.split(numbers, ends[:-1], axis=1)))
     names = tuple(joint.name for joint in joints)

@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Float32
 
 from diffpose_jax.data.motion.asf_amc import read_amc
-from diffpose_jax.data.motion.bodies import STATURE
+from diffpose_jax.data.motion.bodies import STATURE_JOINTS, STATURE_PARENTS
 from diffpose_jax.data.motion.bvh import read_bvh
-from diffpose_jax.data.motion.recording import Recording
+from diffpose_jax.data.motion.recording import Recording, listed
 from diffpose_jax.data.motion.skeletons import MAPPING_FILE, to_h36m
 from diffpose_jax.io import arrays
-from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, NUM_JOINTS
+from diffpose_jax.skeleton import H36M_JOINTS, NUM_JOINTS
 
 ARCHIVE = Path(__file__).with_name("mocap.npz")
 """The clips that come with the package, made by `make.py`."""
@@ -75,16 +75,14 @@ def read_clip(path: str | Path, *, root: str | Path | None = None) -> Clip:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
-        raise ValueError(
-            f"{path}: cannot read motion from a {suffix or 'suffixless'} file; "
-            f"convert it to one of: {', '.join(_SUFFIXES)}"
-        )
+        raise ValueError(f"{path}: convert this {suffix} file to one of: {', '.join(_SUFFIXES)}")
     if suffix in _READERS:
         mapping = _mapping_file(path, Path(root or path.parent))
         positions_mm, fps = to_h36m(path, _READERS[suffix](path), mapping)
     else:
         positions_mm, fps = _read_npz(path)
-    _check(path, positions_mm, fps)
+    if problem := _problem(positions_mm, fps):
+        raise ValueError(f"{path}: {problem}")
     positions_mm = positions_mm.astype(np.float64)
     positions_mm[..., :2] -= positions_mm[:, :1, :2]
     return Clip(path.stem, "train", fps, positions_mm.astype(np.float32))
@@ -127,16 +125,14 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
 
     Files under the sub-folder `test/` and those that `test_clips` names are the test clips and
     all others the training clips. With neither, a hash of its name puts about one clip in five
-    into test, at least one into each split. Files of other kinds are passed over.
+    into test, at least one into each split. Files of other kinds are passed over. The clips are in
+    order of their names: paths within the folder (or `test/`) without suffix.
 
     Args:
       folder: searched with all its sub-folders.
       fps: frames a second that are enough, see `thin`.
       test_clips: a pattern (`fnmatch`, case counts) for names of test clips: "03_*" holds out
         subject 3 of the CMU database.
-
-    Returns:
-      The clips in order of their names: paths within the folder (or `test/`) without suffix.
 
     Raises:
       ValueError: a split would be empty, two clips have one name, `test_clips` matches none, or
@@ -152,8 +148,7 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
         name = path.relative_to(base).with_suffix("").as_posix()
         if name in named:
             raise ValueError(
-                f"{path} and {named[name]} have the same clip name {name!r}; "
-                "rename or remove one: a clip must not be in both splits"
+                f"{path} and {named[name]} have the same clip name {name!r}; rename or remove one"
             )
         named[name] = path
     if not named:
@@ -161,8 +156,7 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
     matching = {name for name in named if fnmatch.fnmatchcase(name, test_clips)}
     if test_clips and not matching:
         raise ValueError(
-            f"{folder} has no clip that matches test_clips {test_clips!r}; the names are: "
-            f"{', '.join(list(named)[:20])}{', ..' if len(named) > 20 else ''}"
+            f"{folder} has no clip that matches test_clips {test_clips!r}; it has: {listed(named)}"
         )
     if test_clips or test_folder.is_dir():
         test = matching | {name for name, path in named.items() if test_folder in path.parents}
@@ -174,12 +168,12 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
                 f"{folder} gives no {split} clip: it needs at least two motion files; with a "
                 "sub-folder test/ or a pattern, one at least in it and one at least outside it"
             )
-    named_clips = []
+    found = []
     for name, path in sorted(named.items()):
+        clip = thin(read_clip(path, root=folder), fps)
         split = "test" if name in test else "train"
-        clip = dataclasses.replace(read_clip(path, root=folder), name=name, split=split)
-        named_clips.append(thin(clip, fps))
-    return named_clips
+        found.append(dataclasses.replace(clip, name=name, split=split))
+    return found
 
 
 def _test_names(names: Iterable[str]) -> set[str]:
@@ -191,35 +185,29 @@ def _test_names(names: Iterable[str]) -> set[str]:
     return chosen - {ordered[-1]} if len(chosen) == len(ordered) else chosen
 
 
-def _check(path: Path, positions_mm: np.ndarray, fps: float) -> None:
-    """Raises ValueError if the content of a file cannot be a human motion in this convention."""
+def _problem(positions_mm: np.ndarray, fps: float) -> str | None:
+    """Why something cannot be a human motion in this convention."""
     shape = positions_mm.shape
     if shape[1:] != (NUM_JOINTS, 3) or not shape[0]:
-        raise ValueError(
-            f"{path}: positions_mm has shape {shape}; give (F, {NUM_JOINTS}, 3) with F > 0 and "
-            f"the joints {', '.join(H36M_JOINTS)}"
-        )
+        return f"positions_mm has shape {shape}, not (F, 17, 3) for {', '.join(H36M_JOINTS)}"
     is_number = positions_mm.dtype.kind in "fiu" and np.isfinite(positions_mm).all()
     if not is_number or np.abs(positions_mm, dtype=np.float64).max() > _FARTHEST_MM:
-        raise ValueError(
-            f"{path}: positions_mm has values that are not finite numbers, or are farther than a "
-            "kilometre away; remove or fill these frames"
-        )
+        return "positions_mm has values that are not finite numbers, or a kilometre away"
     if not 0 < fps <= _FASTEST_FPS:
-        raise ValueError(f"{path}: fps is {fps}; it must be positive and at most {_FASTEST_FPS:g}")
+        return f"fps is {fps}; it must be positive and at most {_FASTEST_FPS:g}"
     positions_mm = positions_mm.astype(np.float64)
     # The bones from ankle to head add up to about the stature in any pose.
-    bones = [bone for bone in H36M_BONES if H36M_JOINTS[bone[1]] in STATURE]
-    lengths = [np.linalg.norm(np.diff(positions_mm[:, bone], axis=1), axis=-1) for bone in bones]
-    stature = np.median(lengths, axis=1).sum()
+    bones = positions_mm[:, STATURE_JOINTS] - positions_mm[:, STATURE_PARENTS]
+    stature = np.median(np.linalg.norm(bones, axis=-1).sum(axis=-1))
     if not _STATURE_MM[0] < stature < _STATURE_MM[1]:
-        raise ValueError(
-            f"{path}: the bones from ankle to head add up to {stature:.4g} mm, which is no "
-            "adult; give positions in millimetres (metres x 1000) in Human3.6M joint order"
+        return (
+            f"the bones from ankle to head add up to {stature:.4g} mm, which is no adult; give "
+            "positions in millimetres (metres x 1000) in Human3.6M joint order"
         )
     lowest = np.median(positions_mm[..., 2].min(axis=1))
     if lowest < _LOWEST_FLOOR_MM:
-        raise ValueError(
-            f"{path}: the lowest joint is at z = {lowest:.0f} mm in the median frame; give world "
-            "positions with z up and the floor at z = 0, not positions relative to the hip"
+        return (
+            f"the lowest joint is at z = {lowest:.0f} mm in the median frame; give world positions "
+            "with z up and the floor at z = 0, not positions relative to the hip"
         )
+    return None

@@ -2,15 +2,16 @@
 
     python -m diffpose_jax.data.motion.make --pybullet_wheel FILE --bvh_dir DIR
 
-The sources are the `humanoid3d` clips in the wheel of pybullet and two recordings of the CMU
-motion capture database (README.md says how to get both). Their two skeletons differ, so each
-clip keeps its bone directions and gets the bone lengths of one body with the proportions of
-Human3.6M. The bytes written depend on nothing but the sources (and zlib's version).
+They are the `humanoid3d` clips in the wheel of pybullet and two recordings of the CMU database
+(README.md says how to get both). Their two skeletons differ, so each clip keeps its bone directions
+and gets the bone lengths of one body with the proportions of Human3.6M. The bytes written depend on
+nothing but the sources (and zlib's version).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import xml.etree.ElementTree as ET
 import zipfile
@@ -54,9 +55,6 @@ CLEARANCE_MM = {
 }  # fmt: skip
 """Height of each joint when the body part around it rests on the floor."""
 
-HUMANOID_SCALE = 0.25
-"""From the units of `humanoid.urdf` to metres."""
-
 HUMANOID_JOINTS = (
     ("root", "chest", 4), ("chest", "neck", 4),
     ("root", "right_hip", 4), ("right_hip", "right_knee", 1), ("right_knee", "right_ankle", 4),
@@ -72,9 +70,6 @@ HUMANOID_H36M = (
     "right_shoulder", "right_elbow", "right_wrist",
 )  # fmt: skip
 """The joints of Human3.6M, by the humanoid's names."""
-
-BVH_STRIDE = 4
-"""Every fourth of 120 frames a second."""
 
 
 def main() -> None:
@@ -107,13 +102,12 @@ def write(clips: list[Clip], path: Path) -> None:
 def retarget(points: Float[np.ndarray, "F 17 3"]) -> Float[np.ndarray, "F 17 3"]:
     """Puts the standard body, in millimetres, into the poses of another one, in any unit; z is up.
 
-    Every bone keeps its direction and gets its length from `BONES_MM`. The hip keeps its
-    height in units of the legs, so that the feet stay where they were, and the clip is then
-    moved vertically as a whole until the lowest body part touches the floor (`CLEARANCE_MM`)
-    in its lowest frames. The horizontal position of the hip is set to zero.
+    Every bone keeps its direction and gets its length from `BONES_MM`. The hip keeps its height in
+    units of the legs, so that the feet stay where they were, and the clip is then moved vertically
+    until the lowest body part touches the floor (`CLEARANCE_MM`) in its lowest frames. The
+    horizontal position of the hip is zero.
     """
-    knee, ankle = H36M_JOINTS.index("RKnee"), H36M_JOINTS.index("RAnkle")
-    leg = np.linalg.norm(np.diff(points[:, knee - 1 : ankle + 1], axis=1), axis=-1).sum(1)
+    leg = np.linalg.norm(np.diff(points[:, 1:4], axis=1), axis=-1).sum(1)  # hip, knee, ankle
     scale = (BONES_MM["RKnee"] + BONES_MM["RAnkle"]) / np.median(leg)
     body = np.zeros(points.shape)
     body[:, 0, 2] = scale * points[:, 0, 2]
@@ -147,43 +141,38 @@ def humanoid_clips(wheel: Path) -> list[Clip]:
         for path in sorted(archive.namelist()):
             is_human = path.startswith((motions + "humanoid3d_", motions + "walker/"))
             name = path.removeprefix(motions).removesuffix(".txt").replace("/", "_")
-            if not (is_human and path.endswith(".txt")) or name in LEFT_OUT:
-                continue
-            frames = np.array(json.loads(archive.read(path))["Frames"], np.float64)
-            # The last frame of a clip has no duration; the others share one.
-            fps = round(1 / np.median(frames[:, 0]), 1)
-            clips.append(_clip(name, float(fps), humanoid_points(frames, offsets)))
+            if is_human and path.endswith(".txt") and name not in LEFT_OUT:
+                frames = np.array(json.loads(archive.read(path))["Frames"], np.float64)
+                # The last frame of a clip has no duration; the others share one.
+                fps = float(round(1 / np.median(frames[:, 0]), 1))
+                clips.append(_clip(name, fps, humanoid_points(frames, offsets)))
     return clips
 
 
 def humanoid_points(
     frames: Float[np.ndarray, "F 44"], offsets: dict[str, np.ndarray]
 ) -> Float[np.ndarray, "F 17 3"]:
-    """Forward kinematics of the humanoid, with the joints that it lacks filled in.
+    """Forward kinematics of the humanoid, with the joints that it lacks filled in, in metres.
 
     Args:
       frames: duration, root position, root quaternion (w first, any length), `HUMANOID_JOINTS`.
       offsets: joint name to its position in the parent's frame; x forward, y up, z right.
-
-    Returns:
-      Human3.6M joints in metres; x forward at rest, y left, z up.
     """
-    rotations = {"root": Rotation.from_quat(frames[:, 4:8], scalar_first=True)}
+    from_quaternions = functools.partial(Rotation.from_quat, scalar_first=True)
+    rotations = {"root": from_quaternions(frames[:, 4:8])}
     points = {"root": frames[:, 1:4]}
 
     def place(parent: str, offset: np.ndarray) -> np.ndarray:
-        return points[parent] + rotations[parent].apply(HUMANOID_SCALE * offset)
+        return points[parent] + rotations[parent].apply(offset / 4)  # urdf to metres
 
     column = 8
     for parent, joint, size in HUMANOID_JOINTS:
         numbers = frames[:, column : column + size]
-        if size == 4:
-            local = Rotation.from_quat(numbers, scalar_first=True)
-        else:
-            local = Rotation.from_euler("z", numbers)
-        points[joint] = place(parent, offsets[joint])
-        rotations[joint] = rotations[parent] * local
         column += size
+        points[joint] = place(parent, offsets[joint])
+        is_hinge = size == 1
+        turn = Rotation.from_euler("z", numbers) if is_hinge else from_quaternions(numbers)
+        rotations[joint] = rotations[parent] * turn
     # The neck joint lies below the line of the shoulders, Human3.6M's thorax above it; the
     # shoulders then slope down from it as they do there and in the CMU skeleton.
     points["thorax"] = place("chest", offsets["neck"] + np.array([0.0, 0.14, 0.0]))
@@ -197,12 +186,12 @@ def humanoid_points(
 
 
 def cmu_clips(folder: Path) -> list[Clip]:
-    """Reads the two recordings of the CMU database (subject 1, BVH conversion)."""
+    """Reads two recordings of the CMU database (subject 1, BVH conversion), every fourth frame."""
     clips = []
     for name in ("01_01", "01_03"):
         path = folder / f"{name}.bvh"
         points, fps = to_h36m(path, read_bvh(path))
-        clips.append(_clip(f"cmu_{name}", round(fps / BVH_STRIDE, 1), points[::BVH_STRIDE]))
+        clips.append(_clip(f"cmu_{name}", round(fps / 4, 1), points[::4]))
     return clips
 
 

@@ -44,11 +44,7 @@ class Line:
     def floats(
         self, count: int, words: Sequence[str] | None = None
     ) -> Float[np.ndarray, " {count}"]:
-        """The numbers of the line: the words after the first one, if none are given.
-
-        Raises:
-          ValueError: there are more or fewer, or one is no finite number of a sensible size.
-        """
+        """The numbers of the line: the words after the first one, if none are given."""
         words = self.words[1:] if words is None else words
         if len(words) != count:
             raise self.error(f"{len(words)} numbers where there must be {count}")
@@ -62,13 +58,7 @@ class Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Reads the lines of a text file that are not blank.
-
-    Bytes that are no UTF-8 (old comments) become replacement characters.
-
-    Raises:
-      ValueError: it is not a text file, or is empty.
-    """
+    """Reads the lines of a text file that are not blank; bytes that are no UTF-8 are replaced."""
     data = path.read_bytes()
     if b"\0" in data or not data.strip():
         raise ValueError(f"{path} is not a text file")
@@ -85,16 +75,10 @@ def listed(names: Iterable[str]) -> str:
 def place(
     path: Path, num_frames: int, joints: Sequence[tuple[int, np.ndarray, np.ndarray]]
 ) -> tuple[Float[np.ndarray, "F N 3"], Float[np.ndarray, "F N 3 3"]]:
-    """Forward kinematics: positions and rotations of the joints.
+    """Forward kinematics: positions and rotations of the joints, refused if they fill the memory.
 
-    Args:
-      path: the file, for messages.
-      num_frames: F.
-      joints: parent (index of an earlier joint; -1 for the world), offset (F, 3) or (3,) from it
-        and rotation (F, 3, 3) or (3, 3), both in the axes that move with the parent.
-
-    Raises:
-      ValueError: there are more joints and frames than fit into memory.
+    A joint is its parent (an earlier joint, or -1 for the world), its offset (F, 3) or (3,) from it
+    and its rotation (F, 3, 3) or (3, 3), both in the axes that move with the parent.
     """
     if num_frames * len(joints) > _MOST_POSITIONS:
         raise ValueError(

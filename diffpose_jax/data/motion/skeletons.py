@@ -1,10 +1,10 @@
 """From the joints of a motion file to the 17 of Human3.6M, by the names of the joints.
 
-Definitions, the same for every source: Hip is the midpoint of the two hip joints; Spine lies on
-the spine between hip and thorax, near its middle; Thorax is the base of the neck, a little above
-the line of the shoulders; Nose is 42 mm in front of the joint that carries the head; Head is the
-top of the head; ankles and wrists are the joints about which foot and hand bend. Where a format
-has no joint there, it is placed relative to the axes that move with the head.
+Hip is the midpoint of the hip joints; Spine lies on the spine, near the middle between hip and
+thorax; Thorax is the base of the neck, a little above the line of the shoulders; Nose is 42 mm in
+front of the joint that carries the head; Head is the top of the head; ankles and wrists are the
+joints about which foot and hand bend. Where a format has no joint there, it is placed relative to
+the axes that move with the head.
 
 The names and units come from files and documents of the data sets: CMU (mocap.cs.cmu.edu, the
 .asf files and its FAQ), B. Hahne's BVH conversion of it (cgspeed.com, release for MotionBuilder),
@@ -33,7 +33,6 @@ MAPPING_FILE = "skeleton.json"
 _CMU_UNIT_MM = 25.4 / 0.45
 # Cyclic permutations of the axes, so that no body is mirrored; z up stays as it is.
 _AXES_Z_UP = {"x": [1, 2, 0], "y": [2, 0, 1], "z": [0, 1, 2]}
-_LIMBS = ("Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,50 +64,75 @@ class Skeleton:
         return axes.union(self.marks, *(landmark.weights for landmark in self.landmarks.values()))
 
 
-def _one(
-    joint: str, offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0), axes: str = ""
-) -> Landmark:
-    return Landmark({joint: 1.0}, offset_mm, axes)
+def _landmarks(where: Path | str, joints: Mapping[str, Any]) -> dict[str, Landmark]:
+    if wrong := set(joints) ^ set(H36M_JOINTS):
+        raise ValueError(f"{where}: missing or unknown joints: {listed(sorted(wrong))}")
+    return {name: _landmark(where, name, source) for name, source in joints.items()}
 
 
-def _body(limbs: str, sides: tuple[str, str], **trunk: str | Landmark) -> dict[str, Landmark]:
-    """All joints, from the names of hip to ankle and shoulder to wrist, with {s} for the side."""
-    names = {
-        f"{letter}{part}": name
+def _landmark(where: Path | str, name: str, source: Any) -> Landmark:
+    """Understands "joint", {"joint": weight, ..} and {"joint": .., "offset_mm": .., "axes": ..}."""
+    match source:
+        case str():
+            return Landmark({source: 1.0})
+        case {"joint": str(joint), "offset_mm": [x, y, z], **rest}:
+            axes = rest.pop("axes", joint)
+            if all(map(_is_number, (x, y, z))) and isinstance(axes, str) and axes and not rest:
+                return Landmark({joint: 1.0}, (float(x), float(y), float(z)), axes)
+        case dict() if all(map(_is_number, source.values())):
+            if abs(total := sum(source.values()) - 1) > 1e-6:
+                raise ValueError(f"{where}: the weights of {name} add up to {total + 1:g}, not 1")
+            return Landmark({joint: float(weight) for joint, weight in source.items()})
+    raise ValueError(
+        f'{where}: {name} is {json.dumps(source)[:200]}; give "joint", or {{"joint a": 0.5, '
+        f'"joint b": 0.5}}, or {{"joint": "joint a", "offset_mm": [x, y, z], "axes": "joint b"}}'
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6
+
+
+def _skeleton(
+    name: str, limbs: str, sides: tuple[str, str], trunk: dict[str, Any], **fields: Any
+) -> Skeleton:
+    """Makes a skeleton from names of hip to ankle, shoulder to wrist, with {s} for the side."""
+    parts = ("Hip", "Knee", "Ankle", "Shoulder", "Elbow", "Wrist")
+    joints: dict[str, Any] = {
+        f"{letter}{part}": joint
         for letter, side in zip("LR", sides, strict=True)
-        for part, name in zip(_LIMBS, limbs.format(s=side).split(), strict=True)
+        for part, joint in zip(parts, limbs.format(s=side).split(), strict=True)
     }
-    hip = Landmark({names["LHip"]: 0.5, names["RHip"]: 0.5})
-    joints = {"Hip": hip, **names, **trunk}
-    return {name: _one(mark) if isinstance(mark, str) else mark for name, mark in joints.items()}
+    joints["Hip"] = {joints["LHip"]: 0.5, joints["RHip"]: 0.5}
+    return Skeleton(name, _landmarks(name, joints | trunk), **fields)
 
 
-CMU_ASF = Skeleton(
+CMU_ASF = _skeleton(
     "CMU (ASF/AMC)",
-    _body(
-        # The radius bone is only two thirds of the forearm; `wrist` turns about its own length
-        # and carries the hand.
-        "{s}hipjoint {s}femur {s}tibia {s}clavicle {s}humerus {s}wrist",
-        ("l", "r"),
-        Spine="lowerback",
-        Thorax="lowerneck",
-        Nose=_one("upperneck", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "head"),
-        Head=_one("head", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "head"),
-    ),
+    # The radius bone is only two thirds of the forearm; `wrist` turns about its own length and
+    # carries the hand.
+    "{s}hipjoint {s}femur {s}tibia {s}clavicle {s}humerus {s}wrist",
+    ("l", "r"),
+    {
+        "Spine": "lowerback",
+        "Thorax": "lowerneck",
+        "Nose": {"joint": "upperneck", "offset_mm": [0, 0, 0.75 * _CMU_UNIT_MM], "axes": "head"},
+        "Head": {"joint": "head", "offset_mm": [0, 0, 0.40 * _CMU_UNIT_MM]},
+    },
     fps=120.0,
 )
 """The 31 bones of all .asf files of the CMU database; facing z at rest, y up."""
 
-CMU_BVH = Skeleton(
+CMU_BVH = _skeleton(
     "CMU (BVH conversion)",
-    _body(
-        "{s}UpLeg {s}Leg {s}Foot {s}Arm {s}ForeArm {s}Hand",
-        ("Left", "Right"),
-        Spine="Spine",
-        Thorax="Neck1",
-        Nose=_one("Head", (0.0, 0.0, 0.75 * _CMU_UNIT_MM), "Head"),
-        Head=_one("HeadEnd", (0.0, 0.0, 0.40 * _CMU_UNIT_MM), "Head"),
-    ),
+    "{s}UpLeg {s}Leg {s}Foot {s}Arm {s}ForeArm {s}Hand",
+    ("Left", "Right"),
+    {
+        "Spine": "Spine",
+        "Thorax": "Neck1",
+        "Nose": {"joint": "Head", "offset_mm": [0, 0, 0.75 * _CMU_UNIT_MM]},
+        "Head": {"joint": "HeadEnd", "offset_mm": [0, 0, 0.40 * _CMU_UNIT_MM], "axes": "Head"},
+    },
     unit_mm=_CMU_UNIT_MM,
     skip_frames=1,
     marks=frozenset({"LHipJoint", "LowerBack"}),
@@ -116,31 +140,32 @@ CMU_BVH = Skeleton(
 """The conversion's first frame is a rest pose. It leaves out the bones `thorax` and `lwrist`,
 `rwrist` of the original, so that trunk and forearms are shorter than those of `CMU_ASF`."""
 
-BANDAI_NAMCO = Skeleton(
+BANDAI_NAMCO = _skeleton(
     "Bandai-Namco-Research-Motiondataset",
-    _body(
-        "UpperLeg_{s} LowerLeg_{s} Foot_{s} UpperArm_{s} LowerArm_{s} Hand_{s}",
-        ("L", "R"),
-        Spine="Spine",
-        Thorax="Neck",
+    "UpperLeg_{s} LowerLeg_{s} Foot_{s} UpperArm_{s} LowerArm_{s} Hand_{s}",
+    ("L", "R"),
+    {
+        "Spine": "Spine",
+        "Thorax": "Neck",
         # The head's x axis points up and its y axis to the front.
-        Nose=_one("Head", (35.0, 42.0, 0.0), "Head"),
-        Head=_one("Head", (135.0, 23.0, 0.0), "Head"),
-    ),
+        "Nose": {"joint": "Head", "offset_mm": [35, 42, 0]},
+        "Head": {"joint": "Head", "offset_mm": [135, 23, 0]},
+    },
     unit_mm=10.0,
     marks=frozenset({"joint_Root", "Chest", "Shoulder_L", "Toes_L"}),
 )
 """22 joints, all with position channels; the End Sites coincide with their joints."""
 
-LAFAN1 = Skeleton(
+LAFAN1 = _skeleton(
     "LaFAN1",
-    CMU_BVH.landmarks
-    | {
-        "Spine": Landmark({"Spine1": 0.5, "Spine2": 0.5}),
-        "Thorax": _one("Neck"),
+    "{s}UpLeg {s}Leg {s}Foot {s}Arm {s}ForeArm {s}Hand",
+    ("Left", "Right"),
+    {
+        "Spine": {"Spine1": 0.5, "Spine2": 0.5},
+        "Thorax": "Neck",
         # The head's x axis points up and its y axis to the front.
-        "Nose": _one("Head", (0.0, 42.0, 0.0), "Head"),
-        "Head": _one("Head", (100.0, 23.0, 0.0), "Head"),
+        "Nose": {"joint": "Head", "offset_mm": [0, 42, 0]},
+        "Head": {"joint": "Head", "offset_mm": [100, 23, 0]},
     },
     unit_mm=10.0,
     marks=frozenset({"Hips", "Spine", "LeftToe", "LeftShoulder"}),
@@ -156,9 +181,9 @@ class _MappingFile:
     """The fields of a `skeleton.json`, which overrule the motion file and the known skeleton."""
 
     joints: Mapping[str, Any] | None = None
-    unit_mm: float | None = None
+    unit_mm: int | float | None = None
     up: str | None = None
-    fps: float | None = None
+    fps: int | float | None = None
     skip_frames: int | None = None
     stride: int | None = None
 
@@ -178,8 +203,8 @@ def to_h36m(
     `path` is the file that it comes from, for messages, `mapping` a `skeleton.json`.
 
     Raises:
-      ValueError: the skeleton is unknown, the mapping is wrong or does not fit the file, or
-        neither tells the unit or the frame rate.
+      ValueError: the skeleton is unknown, the mapping is wrong or does not fit, or neither tells
+        the unit or the frame rate.
     """
     names = set(recording.joints)
     skeleton = next((known for known in KNOWN if known.joints <= names), None)
@@ -221,35 +246,3 @@ def _apply_mapping(
         changes: dict[str, Any] = {name: float(given.pop(name))}
         recording = dataclasses.replace(recording, **changes)
     return skeleton and dataclasses.replace(skeleton, **given), recording
-
-
-def _landmarks(path: Path, joints: Mapping[str, Any]) -> dict[str, Landmark]:
-    if wrong := set(joints) ^ set(H36M_JOINTS):
-        raise ValueError(
-            f"{path}: joints must have each of {', '.join(H36M_JOINTS)} and no other; missing or "
-            f"unknown: {listed(sorted(wrong))}"
-        )
-    return {name: _landmark(path, name, source) for name, source in joints.items()}
-
-
-def _landmark(path: Path, name: str, source: Any) -> Landmark:
-    """Understands "joint", {"joint": weight, ..} and {"joint": .., "offset_mm": .., "axes": ..}."""
-    match source:
-        case str():
-            return _one(source)
-        case {"joint": str(joint), "offset_mm": [x, y, z], **rest}:
-            axes = rest.pop("axes", joint)
-            if all(map(_is_number, (x, y, z))) and isinstance(axes, str) and axes and not rest:
-                return _one(joint, (float(x), float(y), float(z)), axes)
-        case dict() if all(map(_is_number, source.values())):
-            if abs(total := sum(source.values()) - 1) > 1e-6:
-                raise ValueError(f"{path}: the weights of {name} add up to {total + 1:g}, not 1")
-            return Landmark({joint: float(weight) for joint, weight in source.items()})
-    raise ValueError(
-        f'{path}: {name} is {json.dumps(source)[:200]}; give "joint", or {{"joint a": 0.5, '
-        f'"joint b": 0.5}}, or {{"joint": "joint a", "offset_mm": [x, y, z], "axes": "joint b"}}'
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6
