@@ -243,16 +243,13 @@ def error_of(path, output, weights="raw", config=None):
     return str(error.value)
 
 
-@pytest.mark.parametrize("weights", ["raw", "ema"])
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("weights", "changes", "problem"),
     [
-        ({"denoise_fn.pose.weight": None}, "denoise_fn.pose.weight is missing."),
-        ({"denoise_fn.posse.weight": torch.zeros(1)}, "denoise_fn.posse.weight is unknown."),
-        ({"denoise_fn.pose.bias": torch.zeros(51)}, "denoise_fn.pose.bias is (51,), not (48,)"),
-        ({"betas": torch.full((10,), 0.1)}, "of 10 steps, than the configuration's 5;"),
-        ({"betas": torch.full((5,), 0.1)}, "another noise schedule, of 5 steps"),
-        ({"denoise_fn.pose.bias": [0.0]}, "denoise_fn.pose.bias are no tensors"),
+        ("raw", {"denoise_fn.pose.weight": None}, "denoise_fn.pose.weight is missing."),
+        ("ema", {"denoise_fn.pose.weight": None}, "denoise_fn.pose.weight is missing."),
+        ("raw", {"betas": torch.full((10,), 0.1)}, "of 10 steps, than the configuration's 5;"),
+        ("raw", {"denoise_fn.pose.bias": [0.0]}, "denoise_fn.pose.bias are no tensors"),
     ],
 )
 def test_a_wrong_tensor_is_named(small_file, tmp_path, weights, changes, problem):
@@ -294,7 +291,6 @@ def test_a_state_dict_alone(small_file, tmp_path):
         ({"model": {"a": torch.ones(2)}}, "ema", "holds no ema weights: 'ema' is missing"),
         ({"ema": {"a": torch.ones(2)}}, "raw", "holds no raw weights: 'model' is missing"),
         ([torch.ones(2)], "raw", "holds a list, not a dictionary of tensors"),
-        (torch.ones(2), "raw", "holds a ndarray, not a dictionary of tensors"),
         ({}, "raw", "is no state dict: it is empty"),
         ({"epoch": 3, "lr": 0.1}, "raw", "is no state dict: epoch, lr are no tensors"),
         ({"weights": torch.ones(2)}, "raw", "weights do not fit the network: "),
@@ -310,19 +306,12 @@ def test_no_such_file(tmp_path):
     assert "nothing.pt does not exist" in error_of(tmp_path / "nothing.pt", tmp_path / "output")
 
 
-@pytest.mark.parametrize("keep", [0, 100, 5000, -100])
+@pytest.mark.parametrize("keep", [0, 5000, -100])
 def test_a_truncated_file(small_file, tmp_path, keep):
     path = tmp_path / "half.pt"
     path.write_bytes(small_file.read_bytes()[:keep])
     message = error_of(path, tmp_path / "output")
     assert "is not a PyTorch file of tensors alone" in message
-
-
-@pytest.mark.parametrize("content", [b"hello\n", b"\x89HDF\r\n\x1a\n" + bytes(100)])
-def test_not_a_pytorch_file(tmp_path, content):
-    path = tmp_path / "model.pt"
-    path.write_bytes(content)
-    assert "is not a PyTorch file of tensors alone" in error_of(path, tmp_path / "output")
 
 
 class Program:
@@ -355,9 +344,8 @@ def test_nothing_is_overwritten(small_file, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("encoder", ["candidates", "heatmaps"])
-def test_no_pytorch_file_of_another_encoder(tmp_path, encoder):
-    network = small_network(encoder=encoder, resnet_width=4)
+def test_no_pytorch_file_of_another_encoder(tmp_path):
+    network = small_network(encoder="candidates")
     params = jax.tree.map(
         lambda p: np.zeros(p.shape, p.dtype), jax.eval_shape(network.init, jax.random.key(0))
     )
