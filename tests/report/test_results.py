@@ -1,86 +1,79 @@
-"""The choice of frames, the printed table and the written ones."""
+"""From an evaluation to what a user reads: the frames of a report, the tables, the warnings."""
 
 import csv
+import dataclasses
 
-import ml_collections
+import jax
 import numpy as np
 import pytest
-from small import examples
+from drawn_candidates import assert_shows
+from small import examples, parsed, small_model
 
 from configs import protocols
+from diffpose_jax import inference
 from diffpose_jax.config import ConfigError
-from diffpose_jax.evaluation import baselines as controls
-from diffpose_jax.evaluation import evaluate as evaluation
+from diffpose_jax.data import pipeline
 from diffpose_jax.report import results
 
-
-def test_other_data_is_warned_of(caplog, tmp_path):
-    for trained_on in ("", "abc"):  # not known, as of version 0.1, or the same
-        results.warn_of_other_data(tmp_path, "motion", trained_on, "abc")
-    assert not caplog.records
-    results.warn_of_other_data(tmp_path, "motion", "def", "abc")
-    assert "was trained on a motion with other content (fingerprint def)" in caplog.text
-
-
-SETTINGS = ml_collections.ConfigDict(
-    {"controls": True, "regression_steps": 3, "pose": "mean", "radius_level": 0.9}
-)
-FITTED_ON = {"data": "abc", "seed": 0}
-
-
-def fitted_controls(value):
-    return controls.Controls(
-        mean_pose_mm=np.full((17, 3), value, np.float32),
-        regression=controls.RegressionParams({"params": {"a": np.ones(2)}}, *np.ones((4, 1))),
-        gaussian=controls.GaussianParams(np.eye(2)),
-    )
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
-def fits(monkeypatch):
-    """Says how often controls were fitted; each time they are others."""
-    values = []
+def evaluate_run(tmp_path, monkeypatch):
+    """Evaluates `small_model` on four frames whose fingerprint is "abc"."""
+    test = dataclasses.replace(examples(0, 4, wide=(1, 2)), fingerprint="abc")
+    monkeypatch.setattr(pipeline, "load", lambda *_: test)
 
-    def fit(*_):
-        values.append(float(len(values)))
-        return fitted_controls(values[-1])
+    def run(data_fingerprint="abc", **settings):
+        model = dataclasses.replace(small_model(), data_fingerprint=data_fingerprint)
+        monkeypatch.setattr(inference, "load", lambda *_: model)
+        settings = {"baselines": False, "group_by": (), "batch_size": 2} | settings
+        settings = dataclasses.replace(model.config.evaluation, **settings)
+        protocol = dataclasses.replace(model.config, evaluation=settings)
+        return results.evaluate_run(tmp_path / "run", tmp_path / "output", protocol)
 
-    monkeypatch.setattr(evaluation, "fit_controls", fit)
-    return values
-
-
-def controls_of(folders, settings=SETTINGS, **fitted_on):
-    found = results._controls(None, lambda: (None, None), settings, FITTED_ON | fitted_on, folders)
-    return float(np.asarray(found.mean_pose_mm)[0, 0])
-
-
-def test_controls_are_fitted_once(fits, tmp_path, caplog):
-    run, output = tmp_path / "run", tmp_path / "output"
-    assert [controls_of((run, run)) for _ in range(2)] == [0.0, 0.0]
-    assert controls_of((output, run)) == 0.0
-    assert len(fits) == 1
-    assert not output.exists()
-    assert not caplog.records
+    return run
 
 
-def test_controls_are_fitted_anew_for_other_settings_or_data(fits, tmp_path, caplog):
-    run, output = tmp_path / "run", tmp_path / "output"
-    assert controls_of((run, run)) == 0.0
-    longer = SETTINGS.copy_and_resolve_references()
-    longer.regression_steps = 4
-    assert controls_of((output, run), longer) == 1.0
-    assert "controls.npz was fitted under other conditions (regression_steps is 4, was 3)" in (
-        caplog.text
-    )
-    assert controls_of((output, run), longer) == 1.0
-    assert controls_of((run, run)) == 0.0
-    assert controls_of((run, run), data="def") == 2.0
-    assert "data is def, was abc" in caplog.text
+def test_the_report_shows_the_hypotheses_that_were_measured(evaluate_run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(results, "write_report", lambda *arguments: shown.extend(arguments[-1]))
+    found = evaluate_run(num_hypotheses=3, report_frames=4)["subsets"]
+    distances = [example.hypotheses_mm - example.truth_mm for example in shown]
+    errors = np.linalg.norm(distances, axis=-1).mean(-1)
+    assert errors.shape == (4, 3)
+    for subset, frames in (("all", slice(None)), ("ambiguous", slice(2))):
+        best = errors[frames].min(1).mean()
+        assert found[subset]["model"]["mpjpe_best"] == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("candidates", ["per_image", "per_hypothesis"])
+def test_examples_show_the_candidates_that_their_poses_were_drawn_under(candidates):
+    model, test, rows = small_model(candidates=candidates), examples(0, 4), np.array([3, 1])
+    shown = results.draw_examples(jax.random.key(7), model, test, rows, ["d", "b"], 3)
+    drawn = model.draw(jax.random.key(7), test.heatmaps(rows), 3)
+    for i, example in enumerate(shown):
+        np.testing.assert_array_equal(example.hypotheses_mm, drawn.poses_mm[i])
+        np.testing.assert_array_equal(example.truth_mm, test.pose_mm[rows[i]])
+        assert_shows(example.figure, jax.tree.map(lambda x, i=i: x[i], drawn.candidates))
+
+
+def test_other_data_is_warned_of(evaluate_run, caplog):
+    for trained_on in ("", "abc", "def"):
+        assert not caplog.records  # not known, as of version 0.1, or the same
+        with pytest.raises(ConfigError, match="marks no frames"):
+            evaluate_run(trained_on, ambiguous="stored")
+    assert "was trained on a human36m with other content (fingerprint def)" in caplog.text
+
+
+def test_groups_that_the_data_set_does_not_have(evaluate_run):
+    with pytest.raises(ConfigError, match="group_by: human36m has no action, mood"):
+        evaluate_run(group_by=("action", "mood"))
 
 
 @pytest.mark.parametrize(
     ("num_ambiguous", "num_frames", "ambiguous", "others"),
-    [(20, 8, 4, 4), (20, 5, 2, 3), (1, 8, 1, 4), (0, 8, 0, 4), (20, 1, 0, 1)],
+    [(20, 8, 4, 4), (20, 5, 2, 3), (1, 8, 1, 4), (0, 8, 0, 4), (20, 0, 0, 0)],
 )
 def test_report_rows(num_ambiguous, num_frames, ambiguous, others):
     marks = np.zeros(100, bool)
@@ -93,67 +86,30 @@ def test_report_rows(num_ambiguous, num_frames, ambiguous, others):
 
 def test_print_table(capsys):
     metrics = {"mpjpe_best": 41.25, "pa_mpjpe_best": 30.0, "mpjpe_mean": 90.0, "energy_score": 45.0}
-    results.print_table(
-        {
-            "num_hypotheses": 200,
-            "subsets": {
-                "all": {"frames": 7, "model": metrics | {"ece": 0.03}, "mean_pose": metrics}
-            },
-        }
-    )
+    methods = {"frames": 7, "model": metrics | {"ece": 0.03}, "mean_pose": metrics}
+    results.print_table({"num_hypotheses": 200, "subsets": {"all": methods}})
     title, model, mean_pose = capsys.readouterr().out.strip().splitlines()
-    assert "all (7 frames)" in title
-    assert title.split()[3:] == [
-        "mpjpe_best",
-        "pa_mpjpe_best",
-        "mpjpe_mean",
-        "energy_score",
-        "ece",
-    ]
+    assert title.split() == ["all", "(7", "frames)", *metrics, "ece"]
     assert model.split() == ["model", "41.250", "30.000", "90.000", "45.000", "0.030"]
     assert mean_pose.split() == ["mean_pose", "41.250", "30.000", "90.000", "45.000", "-"]
 
 
-def settings(ambiguous):
-    return ml_collections.ConfigDict(
-        {"ambiguous": str(ambiguous), "ambiguous_sigma_px": 5.0, "batch_size": 4}
-    )
-
-
-def test_ambiguous_frames_by_rule_and_by_list(tmp_path):
-    test = examples(0, 6, wide=(1, 4))
-    assert np.flatnonzero(results.ambiguous_frames(test, settings("rule"))).tolist() == [1, 4]
-    listed = tmp_path / "frames.txt"
-    listed.write_text("clip 5\n\n clip 0\n")
-    assert np.flatnonzero(results.ambiguous_frames(test, settings(listed))).tolist() == [0, 5]
-    listed.write_text("clip 5\nclip 7\nclip 8\n")
-    with pytest.raises(ConfigError, match=r"named 'clip 7' \(2 names are unknown\); .* 'clip 0'"):
-        results.ambiguous_frames(test, settings(listed))
-    with pytest.raises(ConfigError, match="rule, stored, or a file; there is no no/such"):
-        results.ambiguous_frames(test, settings("no/such"))
-    with pytest.raises(ConfigError, match="marks no frames"):
-        results.ambiguous_frames(test, settings("stored"))
-
-
-def metrics(mpjpe, pck):
-    return {
-        "mpjpe_best": mpjpe,
-        "pa_mpjpe_best": mpjpe / 2,
-        "pck150_best": pck,
-        "pck150_scaled_best": pck + 1,
-        "mpjpe_best_at": {1: mpjpe},
-    }
-
-
 def content(count, offset):
     def group(mpjpe, frames):
-        return {"frames": frames, "model": metrics(mpjpe + offset, 90.0)}
+        metrics = {
+            "mpjpe_best": mpjpe + offset,
+            "pa_mpjpe_best": mpjpe / 2,
+            "pck150_best": 90.0,
+            "pck150_scaled_best": 91.0,
+            "mpjpe_best_at": {1: mpjpe},
+        }
+        return {"frames": frames, "model": metrics}
 
     return {
         "num_hypotheses": count,
         "subsets": {"all": group(50.0, 4), "ambiguous": group(70.0, 2)},
         "groups": {"scene": {"green_screen": group(40.0, 3), "outdoor": group(80.0, 1)}},
-        "averages": {"scene": {"model": metrics(60.0 + offset, 90.0)}},
+        "averages": {"scene": {"model": group(60.0, 4)["model"]}},
     }
 
 
@@ -166,28 +122,23 @@ def test_tables_have_all_counts_groups_and_published_rows(tmp_path):
     protocol = protocols.get_config("mpi_inf_3dhp")
     protocol.evaluation.group_by = ("scene",)
     contents = {200: content(200, 0.0), 2000: content(2000, -5.0)}
-    results.write_tables(tmp_path, contents, protocol)
+    results.write_tables(tmp_path, contents, parsed(protocol))
     of_all = rows(tmp_path / "table_all.csv")
     assert of_all["DiffPose, 200 hypotheses"]["mpjpe_best"] == "50.0"
     assert of_all["DiffPose, 2000 hypotheses"]["mpjpe_best"] == "45.0"
+    columns = ("green_screen", "outdoor", "mean", "all frames")
     by_scene = rows(tmp_path / "table_scene_mpjpe_best.csv")["DiffPose, 2000 hypotheses"]
-    assert [by_scene[c] for c in ("green_screen", "outdoor", "mean", "all frames")] == [
-        "35.0",
-        "75.0",
-        "55.0",
-        "45.0",
-    ]
-    pck = rows(tmp_path / "table_scene_pck150_best.csv")
-    assert pck["DiffPose, published"]["outdoor"] == "83.6"
-    assert pck["DiffPose, published"]["green_screen"] == "87.4"
-    assert pck["DiffPose, published"]["all frames"] == "84.7"
+    assert [by_scene[c] for c in columns] == ["35.0", "75.0", "55.0", "45.0"]
+    pck = rows(tmp_path / "table_scene_pck150_best.csv")["DiffPose, published"]
+    assert [pck[c] for c in columns if c != "mean"] == ["87.4", "83.6", "84.7"]
     text = (tmp_path / "tables.md").read_text()
     assert "PCK by scene; mean: unweighted over the 2" in text
     assert "ambiguous frames (2), means over the frames" in text
 
 
 def test_published_rows_of_human36m(tmp_path):
-    results.write_tables(tmp_path, {200: content(200, 0.0)}, protocols.get_config("human36m"))
-    of_all, hard = (rows(tmp_path / f"table_{name}.csv") for name in ("all", "ambiguous"))
+    protocol = parsed(protocols.get_config("human36m"))
+    results.write_tables(tmp_path, {200: content(200, 0.0)}, protocol)
+    of_all, ambiguous = (rows(tmp_path / f"table_{name}.csv") for name in ("all", "ambiguous"))
     assert of_all["DiffPose (Holmquist and Wandt), published"]["mpjpe_best"] == "42.9"
-    assert hard["Wehrbein et al., published"]["cps_best"] == "171.0"
+    assert ambiguous["Wehrbein et al., published"]["cps_best"] == "171.0"

@@ -1,0 +1,175 @@
+"""Baselines and calibrations are fitted once and kept; which frames are ambiguous."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from small import examples, parsed, small_config, small_model
+
+from diffpose_jax.config import ConfigError
+from diffpose_jax.evaluation import baselines, calibration, fitting
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY = jax.random.key(7)
+SETTINGS = dataclasses.replace(
+    parsed(small_config()).evaluation, pose="mean", num_hypotheses=4, radius_level=0.75
+)
+FITTED_ON = {"data": "abc", "seed": 0}
+HELD_OUT = dataclasses.replace(examples(5, 40), clips=np.repeat(["short", "long"], [8, 32]))
+
+
+def not_read():
+    raise AssertionError("the training split was read")
+
+
+def holding_out(**changes):
+    """`small_model`, whose training held recordings out."""
+    config = small_model().config
+    data = dataclasses.replace(config.data, calibration_share=0.5)
+    config = dataclasses.replace(config, data=data)
+    return dataclasses.replace(small_model(), config=config, **changes)
+
+
+class Fit:
+    """Stands for what fits: each time something else, by the number of times."""
+
+    def __init__(self, make):
+        self.make, self.times = make, 0
+
+    def __call__(self, *_, **__):
+        self.times += 1
+        return self.make(float(self.times))
+
+
+def fitted_baselines(value):
+    moments = np.ones((4, 16, 3), np.float32)
+    return baselines.Baselines(
+        mean_pose_mm=np.full((17, 3), value, np.float32),
+        regression=baselines.RegressionParams({"params": {"a": np.ones(2)}}, *moments),
+        gaussian=baselines.GaussianParams(np.eye(48, dtype=np.float32)),
+    )
+
+
+def baselines_of(folders, train=lambda: (examples(1, 8), None), fitted_on=FITTED_ON, **settings):
+    """By which fit they are."""
+    changed = dataclasses.replace(SETTINGS, **settings)
+    return fitting.baselines(KEY, train, changed, fitted_on, folders).mean_pose_mm[0, 0]
+
+
+def fitted_calibration(value):
+    return calibration.Calibration(np.full(17, value, np.float32), 1.0, 0.75, 90, 12)
+
+
+def calibration_of(
+    folders,
+    train=lambda: (None, HELD_OUT),
+    fitted_on=FITTED_ON,
+    solver="ddpm",
+    params=None,
+    **settings,
+):
+    """By which fit it is."""
+    model = small_model()
+    model = holding_out(default_solver=model.parse_solver(solver), params=params or model.params)
+    changed = dataclasses.replace(SETTINGS, **settings)
+    return fitting.radius_calibration(KEY, train, model, changed, fitted_on, folders).factor[0]
+
+
+@pytest.fixture(params=["baselines", "calibration"])
+def fitter(request, monkeypatch):
+    """What reads or fits, the `Fit`, and the name of the file."""
+    if request.param == "baselines":
+        fit = Fit(fitted_baselines)
+        monkeypatch.setattr(baselines, "fit_baselines", fit)
+        return baselines_of, fit, fitting.BASELINES
+    fit = Fit(fitted_calibration)
+    monkeypatch.setattr(fitting, "fit_calibration", fit)
+    return calibration_of, fit, calibration.CALIBRATIONS
+
+
+def test_they_are_fitted_once_and_read_again(fitter, tmp_path, caplog):
+    """And found in the checkpoint's folder, too."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    of, fit, name = fitter
+    assert of((run, run)) == 1
+    assert of((run, run), train=not_read) == 1
+    assert of((output, run), train=not_read) == 1
+    assert fit.times == 1
+    assert [path.name for path in run.iterdir()] == [name]
+    assert not output.exists()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("fitter", "change", "message"),
+    [
+        ("baselines", {"regression_steps": 4}, "regression_steps is 4, was 10"),
+        ("baselines", {"fitted_on": {"data": "def", "seed": 0}}, "data is def, was abc"),
+        ("calibration", {"num_hypotheses": 5}, "num_hypotheses is 5, was 4"),
+        ("calibration", {"radius_level": 0.5}, "level is 0.5, was 0.75"),
+        ("calibration", {"solver": "ddpm:2"}, "solver is ddpm:2, was ddpm"),
+        ("calibration", {"fitted_on": {"data": "abc", "seed": 1}}, "seed is 1, was 0"),
+        ("calibration", {"params": {"a": np.ones(2)}}, "parameters is .*, was .*"),
+    ],
+    indirect=["fitter"],
+)
+def test_they_are_fitted_anew_for_other_settings_or_data(fitter, tmp_path, caplog, change, message):
+    run, output = tmp_path / "run", tmp_path / "output"
+    of, _, name = fitter
+    assert of((run, run)) == 1
+    assert of((output, run), **change) == 2
+    assert re.search(rf"{name} was fitted under other conditions \({message}\)", caplog.text)
+    assert of((output, run), **change, train=not_read) == 2
+    assert of((run, run), train=not_read) == 1
+
+
+def test_baselines_are_of_the_training_split(tmp_path):
+    train = examples(1, 40)
+    found = fitting.baselines(KEY, lambda: (train, None), SETTINGS, FITTED_ON, (tmp_path,))
+    mean_mm = train.pose_mm.astype(np.float64).mean(0)
+    np.testing.assert_allclose(found.mean_pose_mm, mean_mm, atol=1e-2)
+    assert found.regression.variables["params"]["Dense_0"]["kernel"].shape[1] == 8  # the width
+
+
+def test_a_calibration_covers_what_it_was_fitted_on():
+    """By recording: of two, each weighs the same whatever its number of frames."""
+    settings = dataclasses.replace(SETTINGS, batch_size=16)
+    fitted = fitting.fit_calibration(KEY, small_model(), HELD_OUT, settings)
+    assert (fitted.level, fitted.num_frames, fitted.num_groups) == (0.75, 40, 2)
+    assert (fitted.solver, fitted.num_hypotheses) == ("ddpm", 4)
+    maps = HELD_OUT.heatmaps(np.arange(40))
+    hypotheses_mm = np.float64(small_model().sample(KEY, maps, 4))
+    mean_mm = hypotheses_mm.mean(1)
+    distances = np.linalg.norm(mean_mm - HELD_OUT.pose_mm, axis=-1)
+    radii = np.quantile(np.linalg.norm(hypotheses_mm - mean_mm[:, None], axis=-1), 0.75, axis=1)
+    is_within = distances <= 1.0001 * fitted.factor * np.maximum(radii, fitted.floor_mm)
+    share = (is_within[:8].mean(0) + is_within[8:].mean(0)) / 2
+    assert (share[1:] >= 0.75 - 1e-6).all()
+    assert (share[1:] < 0.75 + 1 / 8).all()
+
+
+def marked(test, **settings):
+    marks = fitting.ambiguous_frames(test, dataclasses.replace(SETTINGS, batch_size=4, **settings))
+    assert marks.dtype == bool
+    return np.flatnonzero(marks).tolist()
+
+
+def test_ambiguous_frames_by_rule_by_the_data_set_and_by_list(tmp_path):
+    test = examples(0, 6, wide=(1, 4))
+    assert marked(test, ambiguous="rule", ambiguous_sigma_px=5.0) == [1, 4]
+    assert marked(test, ambiguous="rule", ambiguous_sigma_px=30.0) == []
+    stored = dataclasses.replace(test, ambiguous=np.arange(6) == 2)
+    assert marked(stored, ambiguous="stored") == [2]
+    with pytest.raises(ConfigError, match="marks no frames"):
+        marked(test, ambiguous="stored")
+    listed = tmp_path / "frames.txt"
+    listed.write_text("clip 5\n\n clip 0\n")
+    assert marked(test, ambiguous=str(listed)) == [0, 5]
+    listed.write_text("clip 5\nclip 7\nclip 8\n")
+    with pytest.raises(ConfigError, match=r"named 'clip 7' \(2 names are unknown\); .* 'clip 0'"):
+        marked(test, ambiguous=str(listed))
+    with pytest.raises(ConfigError, match="rule, stored, or a file; there is no no/such"):
+        marked(test, ambiguous="no/such")

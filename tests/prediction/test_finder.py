@@ -1,0 +1,107 @@
+"""Where the joints of a person are found in a picture, and when nobody is."""
+
+import numpy as np
+import pytest
+from people import GREY, ColourDetector, person, picture
+
+from diffpose_jax.prediction.finder import Box, PredictionError, detect
+
+
+def assert_found(found, xy):
+    """To half a cell of the heatmap and a pixel."""
+    assert found.is_found.all()
+    np.testing.assert_allclose(found.heights, 0.9, atol=0.1)
+    assert np.abs(found.joints_px - xy).max() <= 0.5 * found.crop.side_px[0] / 64 + 1.5
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "low", "high", "size"),
+    [
+        (301, 457, (40, 30), (180, 270), 14),  # odd sizes, at the left
+        (901, 240, (30, 600), (200, 880), 16),  # high: in the padded square the person is small
+        (200, 200, (8, 8), (192, 192), 14),  # all of it
+    ],
+)
+def test_joints_are_where_they_were_put(height, width, low, high, size):
+    xy = person(0, low, high, size)
+    detector = ColourDetector()
+    found = detect(detector, picture(height, width, xy, size=size))
+    assert_found(found, xy)
+    extent = np.ptp(xy, axis=0).max()
+    assert found.crop.side_px[0] == pytest.approx(1.2 * extent, rel=0.06)
+    centre = found.crop.corner_px[0] + found.crop.side_px[0] / 2
+    np.testing.assert_allclose(centre, (xy.min(0) + xy.max(0)) / 2, atol=0.04 * extent)
+    assert found.image.shape == (160, 160, 3)
+    assert detector.looks == 3 or height > 900
+
+
+def test_a_small_person_is_looked_for_in_parts():
+    xy = person(1, (400, 90), (520, 250), 8)
+    detector = ColourDetector()
+    assert_found(detect(detector, picture(500, 640, xy, size=8)), xy)
+    assert detector.looks > 3
+
+
+@pytest.mark.parametrize(("low", "high"), [((240, 120), (392, 292)), ((8, 130), (150, 292))])
+def test_a_box_at_the_border(low, high):
+    """It reaches beyond the picture; the part within counts."""
+    xy = person(2, low, high, 12)
+    low, high = np.array(low), np.array(high)
+    box = np.where(low < 20, low - 60, low), np.where(high > [380, 280], high + 60, high)
+    detector = ColourDetector()
+    found = detect(detector, picture(300, 400, xy, size=12), Box(*box[0], *(box[1] - box[0])))
+    assert_found(found, xy)
+    assert detector.looks == 1
+    inside = np.clip(box, 0, [400, 300])
+    assert found.crop.side_px[0] == round(1.2 * np.ptp(inside, axis=0).max())
+    centre = found.crop.corner_px[0] + found.crop.side_px[0] / 2
+    np.testing.assert_allclose(centre, inside.mean(0), atol=0.6)
+
+
+def test_nobody():
+    blank = np.full((200, 300, 3), GREY, np.uint8)
+    with pytest.raises(PredictionError, match=r"nobody was found in the picture: 0 of 16.*--box"):
+        detect(ColourDetector(), blank)
+    with pytest.raises(PredictionError, match="nobody was found in the box: 0 of 16"):
+        detect(ColourDetector(), blank, Box(10, 10, 100, 100))
+
+
+def test_six_joints_are_somebody_and_five_nobody():
+    xy = person(4, (40, 30), (150, 190), 12)
+    image = picture(220, 300, xy, size=12)
+    for x, y in xy[6:]:
+        image[round(y) - 7 : round(y) + 7, round(x) - 7 : round(x) + 7] = GREY
+    assert detect(ColourDetector(), image).is_found.sum() == 6
+    image[: round(xy[0, 1]) + 8, : round(xy[0, 0]) + 8] = GREY
+    with pytest.raises(PredictionError, match="nobody"):
+        detect(ColourDetector(), image)
+
+
+def test_joints_in_one_place_are_nobody():
+    class Point(ColourDetector):
+        def heatmap(self, crop, colour):
+            blob = np.exp(-((np.arange(64) - 30.0) ** 2) / 2)
+            return np.float32(0.9 * blob * blob[:, None])
+
+    with pytest.raises(PredictionError, match="too close together"):
+        detect(Point(), np.full((200, 300, 3), GREY, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a box is x,y,w,h in pixels, not ''"),
+        ("1,2,3", "a box is x,y,w,h in pixels, not '1,2,3'"),
+        ("1,2,3,4,5", "a box is x,y,w,h in pixels"),
+        ("a,b,c,d", "a box is x,y,w,h in pixels"),
+        ("1,2,3,-4", "has no area"),
+        ("nan,0,1,1", "has no area"),
+        ("0,0,inf,1", "has no area"),
+        ("300,0,10,10", "lies outside of the picture, which has 300 x 200 px"),
+        ("-20,0,20,50", "lies outside of the picture"),
+        ("1e9,1e9,5,5", "lies outside of the picture"),
+    ],
+)
+def test_a_box_that_is_none(text, message):
+    with pytest.raises(PredictionError, match=message):
+        Box.parse(text).crop(np.zeros((200, 300, 3), np.uint8))
