@@ -1,5 +1,7 @@
 """Writes small BVH, ASF and AMC files, and a standing person in several ways of naming joints."""
 
+import itertools
+
 import numpy as np
 
 
@@ -20,8 +22,7 @@ def bvh_text(tree, rows, frame_time=0.0333333, channels=lambda name: "ZYX", posi
     """Text of a BVH file.
 
     Args:
-        tree: {root: ((x, y, z), {child: ..})}; a joint without children gets an End Site, whose
-            offset is the value "End" of the tree's leaf: ((x, y, z), (x, y, z)).
+        tree: {root: ((x, y, z), {child: ..})}; instead of children a leaf has its End Site.
         rows: frames, numbers in the order of the channels.
         frame_time: in the file.
         channels: joint name to its rotation axes in order.
@@ -82,47 +83,54 @@ def posed(tree, rows, frame_time, order, angles, place=None, places=None):
     return bvh_text(tree, [row] * rows, frame_time, lambda name: order, positions)
 
 
+def both_sides(sides, mirrors, *chains):
+    """Branches of the left side and, mirrored, of the right: joints with {s} for the side.
+
+    A chain's first joint is mirrored by the first of the two factors, the others by the second.
+    """
+    branches = [{} for _ in chains]
+    for is_right, side in enumerate(sides):
+        for branch, joints in zip(branches, chains, strict=True):
+            offsets = [
+                np.multiply(offset, mirrors[k > 0] if is_right else 1).tolist()
+                for k, offset in enumerate(joints.values())
+            ]
+            names = [name.format(s=side, c=side[0]) for name in joints]
+            branch |= chain(*zip(names, offsets, strict=True))
+    return branches
+
+
 def cmu_bvh(rows=1):
     """A standing person in the names of CMU's BVH conversion; the unit is 56.4 mm."""
-
-    def sides(side, sign):
-        leg = chain(
-            (f"{side[0]}HipJoint", (0, 0, 0)), (f"{side}UpLeg", (1.5 * sign, -1.8, 0.8)),
-            (f"{side}Leg", (0, -7.2, 0)), (f"{side}Foot", (0, -7, 0)),
-            (f"{side}ToeBase", (0, -1, 2)),
-        )  # fmt: skip
-        arm = chain(
-            (f"{side}Shoulder", (0, 0, 0)), (f"{side}Arm", (3 * sign, 1, 0)),
-            (f"{side}ForeArm", (5 * sign, 0, 0)), (f"{side}Hand", (3.5 * sign, 0, 0)),
-        )  # fmt: skip
-        return leg, arm
-
-    (left_leg, left_arm), (right_leg, right_arm) = sides("Left", 1), sides("Right", -1)
+    legs, arms = both_sides(
+        ("Left", "Right"),
+        [(-1, 1, 1)] * 2,
+        {"{c}HipJoint": (0, 0, 0), "{s}UpLeg": (1.5, -1.8, 0.8), "{s}Leg": (0, -7.2, 0),
+         "{s}Foot": (0, -7, 0), "{s}ToeBase": (0, -1, 2)},
+        {"{s}Shoulder": (0, 0, 0), "{s}Arm": (3, 1, 0), "{s}ForeArm": (5, 0, 0),
+         "{s}Hand": (3.5, 0, 0)},
+    )  # fmt: skip
     head = {"Head": ((0, 1.8, 0), (0, 1.8, 0))}
-    chest = {"Neck": ((0, 0, 0), {"Neck1": ((0, 1.8, 0), head)})} | left_arm | right_arm
+    chest = {"Neck": ((0, 0, 0), {"Neck1": ((0, 1.8, 0), head)})} | arms
     spine = {"Spine": ((0, 2, 0), {"Spine1": ((0, 4, 0), chest)})}
-    tree = {"Hips": ((0, 0, 0), left_leg | right_leg | {"LowerBack": ((0, 0, 0), spine)})}
+    tree = {"Hips": ((0, 0, 0), legs | {"LowerBack": ((0, 0, 0), spine)})}
     return posed(tree, rows, 0.0083333, "ZYX", {}, (1, 18, 5))
 
 
 # In the other two data sets the x axis of a bone points along it; of trunk and head y points to
 # the front and z to the left. A root that turns these axes upright: Z Y X angles (90, 0, 90).
 def lafan1(rows=1):
-    def sides(side, sign):
-        leg = chain(
-            (f"{side}UpLeg", (0.1, 1.9, 10.5 * sign)), (f"{side}Leg", (43, 0, 0)),
-            (f"{side}Foot", (42, 0, 0)), (f"{side}Toe", (17, 0, 0)),
-        )  # fmt: skip
-        arm = chain(
-            (f"{side}Shoulder", (20, -1.5, 6 * sign)), (f"{side}Arm", (11, 0, 0)),
-            (f"{side}ForeArm", (33, 0, 0)), (f"{side}Hand", (25, 0, 0)),
-        )  # fmt: skip
-        return leg, arm
-
-    (left_leg, left_arm), (right_leg, right_arm) = sides("Left", 1), sides("Right", -1)
-    chest = chain(("Neck", (26, 0, 0)), ("Head", (12, 0, 0))) | left_arm | right_arm
+    legs, arms = both_sides(
+        ("Left", "Right"),
+        [(1, 1, -1)] * 2,
+        {"{s}UpLeg": (0.1, 1.9, 10.5), "{s}Leg": (43, 0, 0), "{s}Foot": (42, 0, 0),
+         "{s}Toe": (17, 0, 0)},
+        {"{s}Shoulder": (20, -1.5, 6), "{s}Arm": (11, 0, 0), "{s}ForeArm": (33, 0, 0),
+         "{s}Hand": (25, 0, 0)},
+    )  # fmt: skip
+    chest = chain(("Neck", (26, 0, 0)), ("Head", (12, 0, 0))) | arms
     spine = {"Spine1": ((12.6, 0, 0), {"Spine2": ((12.3, 0, 0), chest)})}
-    tree = {"Hips": ((0, 0, 0), left_leg | right_leg | {"Spine": ((7, -2.6, 0), spine)})}
+    tree = {"Hips": ((0, 0, 0), legs | {"Spine": ((7, -2.6, 0), spine)})}
     angles = {"Hips": (90, 0, 90), "LeftUpLeg": (180, 0, 0), "RightUpLeg": (180, 0, 0)}
     # z to the left: about y to have x point left or right.
     angles |= {"LeftShoulder": (0, -90, 0), "RightShoulder": (0, 90, 0)}
@@ -130,36 +138,28 @@ def lafan1(rows=1):
 
 
 def bandai_namco(rows=1):
-    def sides(side, sign):
-        leg = chain(
-            (f"UpperLeg_{side}", (-2.2, 0, 6.5 * sign)), (f"LowerLeg_{side}", (39 * sign, 0, 0)),
-            (f"Foot_{side}", (41 * sign, 0, 0)), (f"Toes_{side}", (12 * sign, 0, 0)),
-        )  # fmt: skip
-        arm = chain(
-            (f"Shoulder_{side}", (13, 0, 5 * sign)), (f"UpperArm_{side}", (5.3 * sign, 0, 0)),
-            (f"LowerArm_{side}", (24 * sign, 0, 0)), (f"Hand_{side}", (22 * sign, 0, 0)),
-        )  # fmt: skip
-        return leg, arm
-
-    (left_leg, left_arm), (right_leg, right_arm) = sides("L", 1), sides("R", -1)
-    chest = chain(("Neck", (16.4, 0, 0)), ("Head", (6.5, 0, 0))) | left_arm | right_arm
+    legs, arms = both_sides(
+        ("L", "R"),
+        [(1, 1, -1), (-1, 1, 1)],
+        {"UpperLeg_{s}": (-2.2, 0, 6.5), "LowerLeg_{s}": (39, 0, 0), "Foot_{s}": (41, 0, 0),
+         "Toes_{s}": (12, 0, 0)},
+        {"Shoulder_{s}": (13, 0, 5), "UpperArm_{s}": (5.3, 0, 0), "LowerArm_{s}": (24, 0, 0),
+         "Hand_{s}": (22, 0, 0)},
+    )  # fmt: skip
+    chest = chain(("Neck", (16.4, 0, 0)), ("Head", (6.5, 0, 0))) | arms
     spine = {"Spine": ((15.7, 0, 0), {"Chest": ((9, -0.4, 0), chest)})}
     # The OFFSET of the hips, as in the data set, is not where they are.
-    hips = {"Hips": ((0.8, 94, -452), spine | left_leg | right_leg)}
+    tree = {"joint_Root": ((0, 0, 0), {"Hips": ((0.8, 94, -452), spine | legs)})}
     angles = {"Hips": (90, 90, 0), "UpperLeg_L": (180, 0, 0)}
     angles |= {"Shoulder_L": (0, 0, -90), "Shoulder_R": (0, 0, -90)}
-    tree = {"joint_Root": ((0, 0, 0), hips)}
     return posed(tree, rows, 0.0333333, "ZXY", angles, places={"Hips": (-0.5, 93.5, -9)})
 
 
 def asf_text(bones, hierarchy, units=("length 0.45", "angle deg"), root=()):
     """Text of an ASF file.
 
-    Args:
-        bones: name -> (direction, length, axis, dof); `axis` as in the file.
-        hierarchy: parent -> children.
-        units: lines below :units.
-        root: lines below :root after the order.
+    `bones` are name -> (direction, length, axis, dof), `hierarchy` is parent -> children, `units`
+    and `root` are lines of these sections.
     """
     lines = ["# made up", ":version 1.10", ":name TEST", ":units", *units]
     lines += [":documentation", "   begin of a note, with (parentheses)"]
@@ -212,20 +212,14 @@ def _cmu_bones():
 
 
 CMU_BONES = _cmu_bones()
-CMU_HIERARCHY = {
-    "root": ("lhipjoint", "rhipjoint", "lowerback"),
-    **{f"{s}hipjoint": (f"{s}femur",) for s in "lr"},
-    **{f"{s}femur": (f"{s}tibia",) for s in "lr"},
-    **{f"{s}tibia": (f"{s}foot",) for s in "lr"},
-    "lowerback": ("upperback",),
-    "upperback": ("thorax",),
-    "thorax": ("lowerneck", "lclavicle", "rclavicle"),
-    "lowerneck": ("upperneck",),
-    "upperneck": ("head",),
-    **{f"{s}clavicle": (f"{s}humerus",) for s in "lr"},
-    **{f"{s}humerus": (f"{s}radius",) for s in "lr"},
-    **{f"{s}radius": (f"{s}wrist",) for s in "lr"},
-}
+CMU_HIERARCHY = {}
+for _chain in (
+    "root lhipjoint lfemur ltibia lfoot", "root rhipjoint rfemur rtibia rfoot",
+    "root lowerback upperback thorax lowerneck upperneck head",
+    "thorax lclavicle lhumerus lradius lwrist", "thorax rclavicle rhumerus rradius rwrist",
+):  # fmt: skip
+    for _parent, _child in itertools.pairwise(_chain.split()):
+        CMU_HIERARCHY.setdefault(_parent, []).append(_child)
 
 
 def cmu_frame(rng=None, **angles):

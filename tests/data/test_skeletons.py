@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from motion_files import (
-    CMU_BONES,
     asf_text,
     bandai_namco,
     bvh_text,
@@ -35,8 +34,8 @@ def files(tmp_path):
     texts = {"cmu": cmu_bvh(3), "lafan1": lafan1(2), "bandai": bandai_namco(2)}
     for name, text in texts.items():
         (tmp_path / f"{name}.bvh").write_text(text)
-    write_cmu(tmp_path, "05_01", [cmu_frame()] * 2)
-    return [tmp_path / "05_01.amc", *(tmp_path / f"{name}.bvh" for name in texts)]
+    amc = write_cmu(tmp_path, "05_01", [cmu_frame()] * 2)
+    return [amc, *(tmp_path / f"{name}.bvh" for name in texts)]
 
 
 def test_standing_people_stand_face_forward_and_have_their_left_on_the_left(tmp_path):
@@ -69,22 +68,19 @@ def test_standing_people_stand_face_forward_and_have_their_left_on_the_left(tmp_
         assert 0.6 < forearm / arm < 1.1, path
 
 
-def test_limbs_keep_their_lengths_and_their_side_while_moving(tmp_path):
+def test_limbs_keep_their_lengths_and_their_side_while_turning(tmp_path):
     rng = np.random.default_rng(8)
-    frames = []
-    for turn in range(0, 360, 15):
-        frame = cmu_frame(rng)
-        frame["root"] = (rng.normal(0, 50), 17.5, rng.normal(0, 50), 0, turn, 0)
-        frames.append(frame)
+    turns = np.arange(0, 360, 15)
+    frames = [
+        cmu_frame(rng, root=(rng.normal(0, 50), 17.5, rng.normal(0, 50), 0, turn, 0))
+        for turn in turns
+    ]
     positions_mm = motion.read_clip(write_cmu(tmp_path, "05_02", frames)).positions_mm.astype(float)
     for parent, joint in H36M_BONES:
-        name = H36M_JOINTS[joint]
         lengths = np.linalg.norm(positions_mm[:, joint] - positions_mm[:, parent], axis=-1)
-        # Of rigid parts; the others span several bones.
-        if name[1:] in ("Hip", "Knee", "Ankle", "Elbow", "Wrist"):
-            np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
-        else:
-            np.testing.assert_allclose(lengths, np.median(lengths), rtol=0.1)
+        is_rigid = H36M_JOINTS[joint][1:] in ("Hip", "Knee", "Ankle", "Elbow", "Wrist")
+        # The others span several bones.
+        np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5 if is_rigid else 0.2)
     thigh = np.linalg.norm(positions_mm[0, JOINT["LKnee"]] - positions_mm[0, JOINT["LHip"]])
     assert thigh == pytest.approx(7.3 * np.hypot(0.34, 0.94) * 25.4 / 0.45, rel=1e-4)
     left = positions_mm[:, JOINT["LHip"]] - positions_mm[:, JOINT["RHip"]]
@@ -93,8 +89,7 @@ def test_limbs_keep_their_lengths_and_their_side_while_moving(tmp_path):
     assert np.all(np.sum(nose * front, axis=-1) > 0)
     # The body turns to the left about the vertical, once around.
     yaw = np.unwrap(np.arctan2(front[:, 1], front[:, 0]))
-    np.testing.assert_allclose(np.degrees(yaw - yaw[0]), np.arange(0, 360, 15), atol=5)
-    assert np.all(positions_mm[:, [JOINT["LAnkle"], JOINT["RAnkle"]], 2] < 400)
+    np.testing.assert_allclose(np.degrees(yaw - yaw[0]), turns, atol=5)
 
 
 def test_nose_and_head_follow_the_head(tmp_path):
@@ -114,14 +109,6 @@ def test_each_file_is_recognised_as_what_it_is(tmp_path):
         recording = (read_amc if path.suffix == ".amc" else read_bvh)(path)
         fitting = [known for known in KNOWN if known.joints <= set(recording.joints)]
         assert fitting == [skeleton]
-
-
-def test_the_known_skeletons_are_complete():
-    for skeleton in KNOWN:
-        assert set(skeleton.landmarks) == set(H36M_JOINTS)
-        for landmark in skeleton.landmarks.values():
-            assert sum(landmark.weights.values()) == pytest.approx(1)
-    assert CMU_ASF.joints <= {"root", *CMU_BONES}
 
 
 # Mapping files.
@@ -147,26 +134,21 @@ def custom(tmp_path, changes=None, joints=None, rows=6):
 
 def test_a_mapping_file_places_the_joints(tmp_path):
     nose = {"joint": "TopEnd", "offset_mm": [100, 20, -30]}
-    path = custom(
-        tmp_path, joints={"Head": "TopEnd", "Nose": nose, "LWrist": {"Root": 1.2, "Top": -0.2}}
-    )
-    clip = motion.read_clip(path)
+    joints = {"Head": "TopEnd", "Nose": nose, "LWrist": {"Root": 1.2, "Top": -0.2}}
+    clip = motion.read_clip(custom(tmp_path, joints=joints))
     assert clip.fps == pytest.approx(40)
-    body = clip.positions_mm[3]
-    np.testing.assert_allclose(body[JOINT["Hip"]], [0, 0, 950], atol=1e-2)
-    np.testing.assert_allclose(body[JOINT["LKnee"]], [0, 0, 100 + 0.3 * 1700], atol=1e-2)
-    np.testing.assert_allclose(body[JOINT["Head"]], [0, 0, 2000], atol=1e-2)
-    np.testing.assert_allclose(body[JOINT["Nose"]], [100, 20, 1970], atol=1e-2)
-    np.testing.assert_allclose(body[JOINT["LWrist"]], [0, 0, 100 - 0.2 * 1700], atol=1e-2)
-
-
-def test_an_offset_turns_with_its_axes(tmp_path):
+    expected = {
+        "Hip": [0, 0, 950], "LKnee": [0, 0, 100 + 0.3 * 1700], "Head": [0, 0, 2000],
+        "Nose": [100, 20, 1970], "LWrist": [0, 0, 100 - 0.2 * 1700],
+    }  # fmt: skip
+    for name, position in expected.items():
+        np.testing.assert_allclose(clip.positions_mm[3, JOINT[name]], position, atol=1e-2)
+    # The offset turns with its axes.
     nose = {"joint": "TopEnd", "offset_mm": [100, 0, 0], "axes": "Root"}
     path = custom(tmp_path, joints={"Nose": nose})
     path.write_text(bvh_text(MINE, [[0, 0, 0.1, 90, 0, 0, 0, 0, 0]]))
-    np.testing.assert_allclose(
-        motion.read_clip(path).positions_mm[0, JOINT["Nose"]], [0, 100, 2000], atol=1e-2
-    )
+    turned = motion.read_clip(path).positions_mm[0, JOINT["Nose"]]
+    np.testing.assert_allclose(turned, [0, 100, 2000], atol=1e-2)
 
 
 @pytest.mark.parametrize(("up", "expected"), [("x", (2, 3, 1)), ("y", (3, 1, 2)), ("z", (1, 2, 3))])
@@ -265,18 +247,18 @@ def test_a_mapping_file_must_hold_an_object(tmp_path, text):
 
 
 def test_a_motion_without_a_rate_needs_one(tmp_path):
-    path = custom(tmp_path, {"fps": None})
     bones = {"Top": ((0, 0, 1), 1.7, "0 0 0 XYZ", "rx"), "TopEnd": ((0, 0, 1), 1, "0 0 0 XYZ", "")}
     asf = asf_text(bones, {"root": ("Top",), "Top": ("TopEnd",)}).replace("0.45", "0.0254")
     (tmp_path / "stick.asf").write_text(asf)
-    amc = path.with_suffix(".amc")
+    amc = tmp_path / "stick.amc"
     amc.write_text("1\nroot 0 0 0.1 0 0 0\nTop 0\n")
-    content = json.loads(path.with_name("skeleton.json").read_text().replace("Root", "root"))
-    del content["unit_mm"]  # this format tells it
-    path.with_name("skeleton.json").write_text(json.dumps(content))
+    custom(tmp_path, {"unit_mm": None})  # this format tells it
+    mapping = tmp_path / "skeleton.json"
+    text = mapping.read_text().replace("Root", "root")
+    mapping.write_text(text)
     with pytest.raises(ValueError, match=r"stick\.amc does not tell its fps"):
         motion.read_clip(amc)
-    path.with_name("skeleton.json").write_text(json.dumps({**content, "fps": 24}))
+    mapping.write_text(text.replace("{", '{"fps": 24, ', 1))
     clip = motion.read_clip(amc)
     assert clip.fps == 24
     np.testing.assert_allclose(clip.positions_mm[0, JOINT["Head"]], [0, 0, 1800], rtol=1e-5)
