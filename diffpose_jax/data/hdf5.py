@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffpose_jax.data import sources
 from diffpose_jax.io import extras
 from diffpose_jax.io.files import FileError
 
@@ -30,14 +31,8 @@ def opened(path: Path, extra: str) -> Iterator[Any]:
         raise FileNotFoundError(f"{path}: there is no such file")
     if not h5py.is_hdf5(path):
         raise FileError(f"{path} is not an HDF5 file (in MATLAB: save with -v7.3), or cut off")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except FileError:
-        raise
-    # h5py has an error of another kind for each damage.
-    except Exception as error:
-        raise FileError(f"{path} is damaged, get it anew: {str(error)[:300]}") from error
+    with sources.reading(path, "an HDF5 file"), h5py.File(path, "r") as file:
+        yield file
 
 
 def dataset(file: Any, name: str) -> Any:

@@ -15,7 +15,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from jaxtyping import Float64
 
-from diffpose_jax.data import prepared
+from diffpose_jax.data import sources
 from diffpose_jax.data.photographs import Photographs, PhotographsBuilder
 from diffpose_jax.detectors import crops
 from diffpose_jax.io.files import FileError
@@ -53,7 +53,7 @@ class Lsp(PhotographsBuilder):
         if missing := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(
                 f"{folder} lacks {len(missing)} of the {len(joints)} images in joints.mat: "
-                f"{prepared.listed(missing)}"
+                f"{sources.listed(missing)}"
             )
         visible = joints[..., 2] > 0
         kept = np.flatnonzero(visible.sum(1) >= 2)
@@ -70,10 +70,8 @@ def _read_joints(path: Path) -> Float64[np.ndarray, "N 14 3"]:
         raise FileNotFoundError(
             f"{path} is missing: give the folder of lsp_extended, which holds it and images."
         )
-    try:
+    with sources.reading(path, "a MATLAB file up to -v7"):
         content = scipy.io.loadmat(path)
-    except Exception as error:  # SciPy has an error of another kind for each damage
-        raise FileError(f"{path} cannot be read as a MATLAB file up to -v7: {error}") from error
     joints = content.get("joints")
     if joints is None or joints.dtype.kind not in "fiu":
         names = ", ".join(name for name in content if not name.startswith("__"))

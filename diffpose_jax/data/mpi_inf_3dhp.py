@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from diffpose_jax.config import check_choice
-from diffpose_jax.data import cameras, hdf5, prepared
+from diffpose_jax.data import cameras, hdf5, prepared, sources
 from diffpose_jax.data.photographs import Photographs, PhotographsBuilder
 from diffpose_jax.detectors import crops
 from diffpose_jax.io.files import FileError
@@ -106,13 +106,13 @@ def _read(folder: Path, annotation: str) -> Photographs:
     if missing := sorted(set(numbers.tolist()) - set(images)):
         raise FileNotFoundError(
             f"{folder / 'imageSequence'} lacks images of valid frames in {path}: "
-            f"img_*.jpg number {prepared.listed(missing)}."
+            f"img_*.jpg number {sources.listed(missing)}."
         )
     frames = len(arrays["valid_frame"])
     if surplus := sorted(number for number in images if not 1 <= number <= frames):
         raise FileError(
             f"{folder / 'imageSequence'} and {path} do not belong together: there are {frames} "
-            f"annotated frames, numbered from 1, and images of number {prepared.listed(surplus)}."
+            f"annotated frames, numbered from 1, and images of number {sources.listed(surplus)}."
         )
     joints_px, points_mm = (
         arrays[name][valid, 0].astype(np.float64) for name in ("annot2", annotation)
@@ -121,7 +121,7 @@ def _read(folder: Path, annotation: str) -> Photographs:
     if not is_good.all():
         raise FileError(
             f"{path}: annot2 or {annotation} is not finite in valid frames, images of number"
-            f" {prepared.listed(numbers[~is_good].tolist())}."
+            f" {sources.listed(numbers[~is_good].tolist())}."
         )
     columns = {
         "pose_mm": cameras.output_pose(points_mm[:, TO_H36M]),
@@ -141,7 +141,7 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
         for name, shape in _SHAPES.items():
             array = hdf5.dataset(file, name)
             if array is None or array.dtype.kind not in "fiu":
-                raise FileError(f"{path} has no array {name}; it has {prepared.listed([*file])}.")
+                raise FileError(f"{path} has no array {name}; it has {sources.listed([*file])}.")
             # Frames as in the first array.
             expected = (*next(iter(arrays.values()), array).shape[:1], *shape)
             if array.shape != expected:

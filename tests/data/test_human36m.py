@@ -198,7 +198,7 @@ def leave_out_one(path):
 
 
 DAMAGES = {
-    "cut video": ("video", lambda path: cut(path, 0.5), "cannot be decoded"),
+    "cut video": ("video", lambda path: cut(path, 0.5), "cannot be read as a video"),
     "video without its end": ("video", fast_start, "cut off: it holds . of its 12"),
     "short video": ("video", leave_out_one, "frames, fewer than the"),
     "no fourth frame": ("2d", shorten, "at least 4"),
@@ -277,7 +277,7 @@ def test_released_file_that_is_none(tmp_path):
     rows = files.released_rows("test", 13)
     files.write_released(tmp_path / "cut.h5", trainset=rows, testset=rows)
     cut(tmp_path / "cut.h5", 0.6)
-    with pytest.raises(ValueError, match=r"cut.h5 is damaged, get it anew"):
+    with pytest.raises(ValueError, match=r"cut.h5 cannot be read as an HDF5 file"):
         released.check(tmp_path / "cut.h5", "standard")
 
 
@@ -399,7 +399,9 @@ def test_a_pickle_runs_no_code(tmp_path, where, protocol):
     bomb = Touch(tmp_path / "ran")
     content = {"S9": [bomb]} if where == "in a dict" else np.array([1, bomb], dtype=object)
     write_pickle(tmp_path / "bomb.pickle", content, protocol)
-    with pytest.raises(ValueError, match=r"bomb.pickle cannot be loaded: it holds posix.mkdir"):
+    with pytest.raises(
+        ValueError, match=r"bomb.pickle cannot be read as a pickle of arrays: it holds posix.mkdir"
+    ):
         wehrbein.load_arrays(tmp_path / "bomb.pickle")
     assert not (tmp_path / "ran").exists()
     # The test itself can fail: an ordinary unpickler runs it.
@@ -427,16 +429,16 @@ OBJECTS = pickle.dumps(np.array([None], dtype=object), protocol=4)
         ),
         # NumPy would read on behind the list.
         (OBJECTS.replace(b"K\x01\x85", b"K\xff\x85"), "another size than its content"),
-        (pickle.dumps(np.arange(10_000))[:9_000], "cannot be loaded"),
-        (b"a page of a server that says no", "cannot be loaded"),
-        (b"", "cannot be loaded"),
+        (pickle.dumps(np.arange(10_000))[:9_000], "cannot be read"),
+        (b"a page of a server that says no", "cannot be read"),
+        (b"", "cannot be read"),
     ],
 )
 def test_pickles_that_are_refused(tmp_path, made, reason):
     (tmp_path / "odd.pickle").write_bytes(made)
     with pytest.raises(ValueError, match=reason) as raised:
         wehrbein.load_arrays(tmp_path / "odd.pickle")
-    assert "odd.pickle cannot be loaded" in str(raised.value)
+    assert "odd.pickle cannot be read" in str(raised.value)
 
 
 @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
@@ -622,7 +624,7 @@ def test_sources_are_checked_before_anything_is_written(tmp_path):
     files.write_raw(folder, ("S1", "S5", "S6", "S7", "S8"), ("Waiting",))
     path = next((folder / "S8/Videos").iterdir())
     cut(path, 0.5)
-    with pytest.raises(ValueError, match="cannot be decoded") as raised:
+    with pytest.raises(ValueError, match="cannot be read as a video") as raised:
         prepare(folder, tmp_path / "data", NoDetector(), split="validation", **RAW)
     assert str(path) in str(raised.value)
     with pytest.raises(FileNotFoundError, match=r"S9 has no folder Poses_D2_Positions nor MyPose"):

@@ -1,6 +1,10 @@
 """Tiny copies of lsp_extended in its exact format; their expected values worked out by hand."""
 
+import types
+
+import ml_collections
 import numpy as np
+import programs
 import pytest
 import scipy.io
 from PIL import Image
@@ -42,23 +46,26 @@ class GreyDetector:
         return np.broadcast_to(heights[:, None, None, None], (len(crops), 16, 64, 64))
 
 
-def prepare(source, data_dir, **fields):
-    Lsp(fields, source, GreyDetector(), data_dir).prepare()
-
-
 def photographs(source):
     (found,) = Lsp({}, source, GreyDetector()).photographs()
     return found
 
 
-def test_prepared(tmp_path, monkeypatch):
-    """As `experiments.prepare` writes and `experiments.predict` reads it, in several parts."""
+def test_from_the_program_to_heatmaps(tmp_path, monkeypatch, capsys):
+    program = programs.load("prepare")
+    fields = ml_collections.ConfigDict({"max_dropped_mass": None})
+    flags = {"DATASET": "lsp", "SOURCE": str(tmp_path / "copy"), "DATA_DIR": str(tmp_path)}
+    for name, value in (flags | {"DETECTOR": "grey", "DTYPE": "float32"}).items():
+        monkeypatch.setattr(program, name, types.SimpleNamespace(value=value))
+    monkeypatch.setitem(program.FIELDS, "lsp", types.SimpleNamespace(value=fields))
+    monkeypatch.setattr(program.detectors, "load", lambda *_: GreyDetector())
     monkeypatch.setattr("diffpose_jax.data.photographs._PART", 2)
     # The last but one has too few visible joints to tell where to cut.
     joints = [pose(SEEN), pose(SEEN), pose({"neck": (3, 4)}), pose(SEEN | {"neck": (14, 4)})]
     folder = write_copy(tmp_path / "copy", joints)
     Image.new("L", (40, 30), 77).save(folder / "images" / "im00002.jpg")  # grey
-    prepare(folder, tmp_path, max_dropped_mass=None)
+    program.main([])
+    assert "test 3 examples" in capsys.readouterr().out
     columns, heatmaps = prepared.read(prepared.find(tmp_path, "lsp", {}), "test")
     assert columns["name"].tolist() == ["im00001", "im00002", "im00004"]
     assert set(columns) == {"name", "corner_px", "side_px", "visible"}
@@ -128,4 +135,4 @@ def test_a_picture_that_is_cut_off(tmp_path):
     path = folder / "images" / "im00002.jpg"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"im00002\.jpg cannot be read"):
-        prepare(folder, tmp_path)
+        Lsp({}, folder, GreyDetector(), tmp_path).prepare()

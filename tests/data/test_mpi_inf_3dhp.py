@@ -165,7 +165,7 @@ REFUSED = {
     ),
     "cut off": (
         lambda folder: os.truncate(folder / "annot_data.mat", 4000),
-        "is damaged",
+        "cannot be read as an HDF5 file",
     ),
     "no array": (without("annot2"), "has no array annot2; it has act"),
     "other joints": (

@@ -12,17 +12,16 @@ for a few frames, and of some recordings of S9 the poses were cut to the part th
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int, UInt8
 from tqdm import tqdm
 
-from diffpose_jax.data import prepared
+from diffpose_jax.data import sources
 from diffpose_jax.data.human36m import sequences
 from diffpose_jax.data.human36m.sequences import Sequence
 from diffpose_jax.detectors import crops
@@ -83,7 +82,7 @@ def recordings(
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} files of {len(found)} recordings are missing:"
-            f" {prepared.listed(missing)}; unpack the whole archives, or ask for fewer actions."
+            f" {sources.listed(missing)}; unpack the whole archives, or ask for fewer actions."
         )
     return found
 
@@ -119,7 +118,9 @@ def check(found: list[Recording]) -> None:
 
 def read_poses(path: Path, dimensions: int) -> Float64[np.ndarray, "F 32 dimensions"]:
     """Reads a CDF file of poses, in pixels (2 dimensions) or millimetres (3)."""
-    with _cdf(path) as file:
+    cdflib = extras.load("cdflib", _EXTRA)
+    with sources.reading(path, "a CDF file"):
+        file = cdflib.CDF(path)
         info = file.cdf_info()
         known = info.rVariables + info.zVariables
         if "Pose" not in known:
@@ -136,37 +137,15 @@ def read_poses(path: Path, dimensions: int) -> Float64[np.ndarray, "F 32 dimensi
 
 def count_poses(path: Path) -> int:
     """How many frames a checked file of poses has, from its header."""
-    with _cdf(path) as file:
-        return int(file.varinq("Pose").Dim_Sizes[0])
-
-
-@contextlib.contextmanager
-def _cdf(path: Path) -> Iterator[Any]:
-    """Opens a CDF file; whatever goes wrong within the context is told of the file."""
     cdflib = extras.load("cdflib", _EXTRA)
-    try:
-        yield cdflib.CDF(path)
-    except FileError:
-        raise
-    except Exception as error:  # a damaged file makes the parser fail in any way
-        raise FileError(f"{path} cannot be read as a CDF file: {str(error)[:300]}") from error
-
-
-@contextlib.contextmanager
-def _video(path: Path) -> Iterator[Any]:
-    """Opens a video; what goes wrong within the context is told of the file."""
-    av = extras.load("av", _EXTRA)
-    try:
-        with av.open(path) as container:
-            yield container
-    # av reads texts of a damaged file, too.
-    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} cannot be decoded as a video: {error}") from error
+    with sources.reading(path, "a CDF file"):
+        return int(cdflib.CDF(path).varinq("Pose").Dim_Sizes[0])
 
 
 def count_frames(path: Path) -> int:
     """Counts the frames of a video, FileError if fewer than it announces, without decoding them."""
-    with _video(path) as container:
+    av = extras.load("av", _EXTRA)
+    with sources.reading(path, "a video"), av.open(path) as container:
         stream = container.streams.video[0]
         frames = sum(packet.size > 0 for packet in container.demux(stream))
         announced = stream.frames
@@ -207,7 +186,8 @@ def _cut(
     """Cuts a square out of each of the frames of a video."""
     wanted = dict(zip(frames.tolist(), zip(*square, strict=True), strict=True))
     last = max(wanted)
-    with _video(path) as container:
+    av = extras.load("av", _EXTRA)
+    with sources.reading(path, "a video"), av.open(path) as container:
         for number, decoded in enumerate(container.decode(video=0)):
             if number in wanted:
                 picture, (corner_px, side_px) = decoded.to_ndarray(format="rgb24"), wanted[number]

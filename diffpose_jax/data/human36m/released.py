@@ -48,8 +48,7 @@ def check(path: Path, split: str) -> None:
 def _check_table(table: Any, what: str) -> None:
     if table is None or table.dtype.names is None or not len(table):
         raise FileError(
-            f"{what} is missing, empty or not a table; the file must hold /dataset/trainset and "
-            "/dataset/testset as the published preprocessing writes them."
+            f"{what} is missing, empty or not a table, as the published preprocessing writes it"
         )
     for field, shape in _FIELDS.items():
         kind = table.dtype.fields.get(field, [None])[0]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from diffpose_jax.data import sources
 from diffpose_jax.data.human36m import sequences
 from diffpose_jax.data.human36m.sequences import Sequence
 from diffpose_jax.io.files import FileError
@@ -98,11 +99,8 @@ def load_arrays(path: Path) -> Any:
       FileError: if it is not a pickle, is cut off, or holds anything but arrays, numbers,
         strings, dicts, lists, tuples and sets.
     """
-    with path.open("rb") as file:
-        try:
-            return _ArrayUnpickler(file).load()
-        except Exception as error:  # a damaged pickle can ask for anything
-            raise FileError(f"{path} cannot be loaded: {str(error)[:500]}") from error
+    with path.open("rb") as file, sources.reading(path, "a pickle of arrays"):
+        return _ArrayUnpickler(file).load()
 
 
 def check(folder: Path, split: str) -> None:

@@ -6,7 +6,6 @@ from diffpose_jax.data.prepared.builder import (
     DetectionsConfig,
     Detector,
     Part,
-    listed,
     preparing,
 )
 from diffpose_jax.data.prepared.reader import Columns, all_of, find, fingerprint, opened, read
@@ -21,7 +20,6 @@ __all__ = [
     "all_of",
     "find",
     "fingerprint",
-    "listed",
     "opened",
     "preparing",
     "read",

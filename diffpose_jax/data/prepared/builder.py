@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -368,12 +368,6 @@ def _save_columns(path: Path, pieces: list[Columns]) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **joined)
     write_atomic(path, content.getvalue())
-
-
-def listed(names: Sequence[Any], most: int = 10) -> str:
-    """The first of many names, for messages."""
-    named = ", ".join(map(str, names[:most]))
-    return named + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextlib.contextmanager

@@ -74,14 +74,13 @@ def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -
     if len(fitting) == 1:
         return fitting[0]
     listed = "".join(f"\n  {folder}: {fields}" for folder, fields in found.items())
-    if not fitting:
-        raise FileNotFoundError(
-            f"no {dataset} with {wanted} is prepared in {base}; make it with"
-            f" experiments.prepare --dataset {dataset}" + (f". There are:{listed}" if found else "")
+    if fitting:
+        raise ValueError(
+            f"several prepared {dataset} have {wanted}; say more in config.data.prepared:{listed}"
         )
-    raise ValueError(
-        f"several prepared {dataset} have {wanted}; say more in config.data.prepared, to"
-        f" choose one of:{listed}"
+    raise FileNotFoundError(
+        f"no {dataset} with {wanted} is prepared in {base}; make it with experiments.prepare"
+        f" --dataset {dataset}" + (f". There are:{listed}" if found else "")
     )
 
 
