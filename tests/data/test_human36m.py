@@ -399,9 +399,7 @@ def test_a_pickle_runs_no_code(tmp_path, where, protocol):
     bomb = Touch(tmp_path / "ran")
     content = {"S9": [bomb]} if where == "in a dict" else np.array([1, bomb], dtype=object)
     write_pickle(tmp_path / "bomb.pickle", content, protocol)
-    with pytest.raises(
-        ValueError, match=r"bomb.pickle cannot be read as a pickle of arrays: it holds posix.mkdir"
-    ):
+    with pytest.raises(ValueError, match=r"bomb.pickle cannot .*: it holds posix.mkdir, which"):
         wehrbein.load_arrays(tmp_path / "bomb.pickle")
     assert not (tmp_path / "ran").exists()
     # The test itself can fail: an ordinary unpickler runs it.
