@@ -51,108 +51,60 @@ def bvh_text(tree, rows, frame_time=0.0333333, channels=lambda name: "ZYX", posi
     return "\n".join(lines) + "\n"
 
 
-def chain(*joints):
-    """A branch of a tree from pairs of name and offset, with an End Site."""
-    branch = (0, 1, 0)
-    for name, offset in reversed(joints):
-        branch = {name: (offset, branch)}
-    return branch
+def _standing(root, joints, sides, mirror, place, turned, rows, order="ZYX", moved=False, fps=30):
+    """A person whose joints all hang on the root, with offsets in its axes; {s} stands for a side.
 
-
-def posed(tree, rows, frame_time, order, angles, place=None, places=None):
-    """A file whose frames have these angles by joint, and the root at a place.
-
-    With `places` by joint instead, all joints have position channels, by default their offsets.
+    Where they are `moved`, position channels say the offsets, and OFFSET says nothing.
     """
-    names, row = [], []
-
-    def walk(name, offset, children):
-        if places is not None:
-            row.extend(places.get(name, offset))
-        elif not names:
-            row.extend(place)
-        names.append(name)
-        row.extend(angles.get(name, (0, 0, 0)))
-        if isinstance(children, dict):
-            for child, below in children.items():
-                walk(child, *below)
-
-    ((root, below),) = tree.items()
-    walk(root, *below)
-    positions = ("ROOT",) if places is None else tuple(names)
-    return bvh_text(tree, [row] * rows, frame_time, lambda name: order, positions)
-
-
-def both_sides(sides, mirrors, *chains):
-    """Branches of the left side and, mirrored, of the right: joints with {s} for the side.
-
-    A chain's first joint is mirrored by the first of the two factors, the others by the second.
-    """
-    branches = [{} for _ in chains]
-    for is_right, side in enumerate(sides):
-        for branch, joints in zip(branches, chains, strict=True):
-            offsets = [
-                np.multiply(offset, mirrors[k > 0] if is_right else 1).tolist()
-                for k, offset in enumerate(joints.values())
-            ]
-            names = [name.format(s=side, c=side[0]) for name in joints]
-            branch |= chain(*zip(names, offsets, strict=True))
-    return branches
+    offsets = {}
+    for name, offset in joints.items():
+        for side, factor in zip(sides, (1, mirror), strict=True):
+            offsets[name.format(s=side, c=side[0])] = np.multiply(offset, factor).tolist()
+    row = [*place, *turned]
+    for offset in offsets.values():
+        row += [*(offset if moved else ()), 0, 0, 0]
+    children = {name: ((0, 0, 0) if moved else at, (0, 1.8, 0)) for name, at in offsets.items()}
+    positions = ("ROOT", *offsets) if moved else ("ROOT",)
+    tree = {root: ((0, 0, 0), children)}
+    return bvh_text(tree, [row] * rows, 1 / fps, lambda name: order, positions)
 
 
 def cmu_bvh(rows=1):
-    """A standing person in the names of CMU's BVH conversion; the unit is 56.4 mm."""
-    legs, arms = both_sides(
-        ("Left", "Right"),
-        [(-1, 1, 1)] * 2,
-        {"{c}HipJoint": (0, 0, 0), "{s}UpLeg": (1.5, -1.8, 0.8), "{s}Leg": (0, -7.2, 0),
-         "{s}Foot": (0, -7, 0), "{s}ToeBase": (0, -1, 2)},
-        {"{s}Shoulder": (0, 0, 0), "{s}Arm": (3, 1, 0), "{s}ForeArm": (5, 0, 0),
-         "{s}Hand": (3.5, 0, 0)},
-    )  # fmt: skip
-    head = {"Head": ((0, 1.8, 0), (0, 1.8, 0))}
-    chest = {"Neck": ((0, 0, 0), {"Neck1": ((0, 1.8, 0), head)})} | arms
-    spine = {"Spine": ((0, 2, 0), {"Spine1": ((0, 4, 0), chest)})}
-    tree = {"Hips": ((0, 0, 0), legs | {"LowerBack": ((0, 0, 0), spine)})}
-    return posed(tree, rows, 0.0083333, "ZYX", {}, (1, 18, 5))
+    """Names of CMU's BVH conversion, whose first frame is a rest pose; the unit is 56.4 mm."""
+    joints = {
+        "{c}HipJoint": (0, 0, 0), "{s}UpLeg": (1.5, -1.8, 0.8), "{s}Leg": (1.5, -9, 0.8),
+        "{s}Foot": (1.5, -16, 0.8), "{s}Arm": (3, 7, 0), "{s}ForeArm": (8, 7, 0),
+        "{s}Hand": (11.5, 7, 0), "LowerBack": (0, 0, 0), "Spine": (0, 2, 0), "Spine1": (0, 6, 0),
+        "Neck": (0, 6, 0), "Neck1": (0, 7.8, 0), "Head": (0, 9.6, 0),
+    }  # fmt: skip
+    sides = ("Left", "Right")
+    return _standing("Hips", joints, sides, (-1, 1, 1), (1, 18, 5), (0, 0, 0), rows, fps=120)
 
 
-# In the other two data sets the x axis of a bone points along it; of trunk and head y points to
-# the front and z to the left. A root that turns these axes upright: Z Y X angles (90, 0, 90).
+# In the other two data sets the x axis of trunk and head points up, y to the front and z to the
+# left. A root that turns these axes upright: Z Y X angles (90, 0, 90).
 def lafan1(rows=1):
-    legs, arms = both_sides(
-        ("Left", "Right"),
-        [(1, 1, -1)] * 2,
-        {"{s}UpLeg": (0.1, 1.9, 10.5), "{s}Leg": (43, 0, 0), "{s}Foot": (42, 0, 0),
-         "{s}Toe": (17, 0, 0)},
-        {"{s}Shoulder": (20, -1.5, 6), "{s}Arm": (11, 0, 0), "{s}ForeArm": (33, 0, 0),
-         "{s}Hand": (25, 0, 0)},
-    )  # fmt: skip
-    chest = chain(("Neck", (26, 0, 0)), ("Head", (12, 0, 0))) | arms
-    spine = {"Spine1": ((12.6, 0, 0), {"Spine2": ((12.3, 0, 0), chest)})}
-    tree = {"Hips": ((0, 0, 0), legs | {"Spine": ((7, -2.6, 0), spine)})}
-    angles = {"Hips": (90, 0, 90), "LeftUpLeg": (180, 0, 0), "RightUpLeg": (180, 0, 0)}
-    # z to the left: about y to have x point left or right.
-    angles |= {"LeftShoulder": (0, -90, 0), "RightShoulder": (0, 90, 0)}
-    return posed(tree, rows, 0.0333333, "ZYX", angles, (173, 94, -518))
+    joints = {
+        "{s}UpLeg": (0.1, 1.9, 10.5), "{s}Leg": (-43, 1.9, 10.5), "{s}Foot": (-85, 1.9, 10.5),
+        "{s}Toe": (-85, 19, 10.5), "{s}Shoulder": (52, -4, 6), "{s}Arm": (52, -4, 17),
+        "{s}ForeArm": (52, -4, 50), "{s}Hand": (52, -4, 75), "Spine": (7, -2.6, 0),
+        "Spine1": (19.6, -2.6, 0), "Spine2": (32, -2.6, 0), "Neck": (58, -2.6, 0),
+        "Head": (70, -2.6, 0),
+    }  # fmt: skip
+    sides = ("Left", "Right")
+    return _standing("Hips", joints, sides, (1, 1, -1), (173, 94, -518), (90, 0, 90), rows)
 
 
 def bandai_namco(rows=1):
-    legs, arms = both_sides(
-        ("L", "R"),
-        [(1, 1, -1), (-1, 1, 1)],
-        {"UpperLeg_{s}": (-2.2, 0, 6.5), "LowerLeg_{s}": (39, 0, 0), "Foot_{s}": (41, 0, 0),
-         "Toes_{s}": (12, 0, 0)},
-        {"Shoulder_{s}": (13, 0, 5), "UpperArm_{s}": (5.3, 0, 0), "LowerArm_{s}": (24, 0, 0),
-         "Hand_{s}": (22, 0, 0)},
-    )  # fmt: skip
-    chest = chain(("Neck", (16.4, 0, 0)), ("Head", (6.5, 0, 0))) | arms
-    spine = {"Spine": ((15.7, 0, 0), {"Chest": ((9, -0.4, 0), chest)})}
-    # The OFFSET of the hips, as in the data set, is not where they are.
-    tree = {"joint_Root": ((0, 0, 0), {"Hips": ((0.8, 94, -452), spine | legs)})}
-    angles = {"Hips": (90, 90, 0), "UpperLeg_L": (180, 0, 0)}
-    angles |= {"Shoulder_L": (0, 0, -90), "Shoulder_R": (0, 0, -90)}
-    return posed(tree, rows, 0.0333333, "ZXY", angles, places={"Hips": (-0.5, 93.5, -9)})
+    joints = {
+        "UpperLeg_{s}": (-2.2, 0, 6.5), "LowerLeg_{s}": (-41, 0, 6.5), "Foot_{s}": (-82, 0, 6.5),
+        "Toes_{s}": (-82, 12, 6.5), "Shoulder_{s}": (38, -0.4, 5), "UpperArm_{s}": (38, -0.4, 10),
+        "LowerArm_{s}": (38, -0.4, 34), "Hand_{s}": (38, -0.4, 56), "Hips": (0, 0, 0),
+        "Spine": (15.7, 0, 0), "Chest": (25, -0.4, 0), "Neck": (41, -0.4, 0), "Head": (48, -0.4, 0),
+    }  # fmt: skip
+    place, turned = (-0.5, 93.5, -9), (90, 90, 0)
+    mirror = (1, 1, -1)
+    return _standing("joint_Root", joints, "LR", mirror, place, turned, rows, "ZXY", moved=True)
 
 
 def asf_text(bones, hierarchy, units=("length 0.45", "angle deg"), root=()):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from motion_files import amc_text, asf_text, cmu_frame, turn, write_cmu
+from motion_files import amc_text, asf_text, turn
 
 from diffpose_jax.data.motion.asf_amc import find_asf, read_amc
 
@@ -125,29 +125,6 @@ def test_units_and_angles(tmp_path):
     assert read_amc(write(tmp_path, amc=amc_text(FRAMES, header))).fps == 60
 
 
-def test_windows_lines(tmp_path):
-    expected = read_amc(write(tmp_path)).positions
-    found = read_amc(write(tmp_path, ASF.replace("\n", "\r\n"), AMC.replace("\n", "\r\n")))
-    np.testing.assert_array_equal(found.positions, expected)
-
-
-def test_the_knees_of_cmu_bend_backwards_and_its_elbows_forwards(tmp_path):
-    straight, bent = (
-        cmu_frame(),
-        cmu_frame(ltibia=(90,), rtibia=(90,), lradius=(90,), rradius=(90,)),
-    )
-    recording = read_amc(write_cmu(tmp_path, "09_01", [straight, bent]))
-    at = {name: recording.positions[:, k] for k, name in enumerate(recording.joints)}
-    for side in "lr":
-        shin = at[f"{side}tibia"] - at[f"{side}femur"]
-        np.testing.assert_allclose(shin[1] @ shin[0], 0, atol=0.01)
-        assert shin[1, 2] < -7  # backwards: it faces z
-        forearm = at[f"{side}radius"] - at[f"{side}humerus"]
-        assert forearm[0, 1] < -2.5  # hanging
-        assert forearm[1, 2] > 2
-    assert at["lclavicle"][0, 0] > at["rclavicle"][0, 0] + 3
-
-
 def test_find_asf(tmp_path):
     motion = tmp_path / "02_03.amc"
     with pytest.raises(ValueError, match=r"02_03\.amc: no skeleton .* put 02\.asf .*no \.asf"):
@@ -171,22 +148,17 @@ def test_find_asf(tmp_path):
         (ASF, "hello", "no section :units; it is no ASF file or is cut off"),
         (ASF[ASF.index(":hierarchy") :], "", "no section :hierarchy"),
         ("length 0.45", "length 0", r"line 5: length is 0\.0; it must be positive"),
-        ("length 0.45", "length inch", r"line 5: could not convert"),
         ("TX TY TZ RX RY RZ", "TX TY TZ RX RY RY", "line 10: the root's order must hold"),
         ("position 0 0 0", "position 0 0", "line 12: 2 numbers where there must be 3"),
         ("axis XYZ", "axis XXZ", "the order of the axes is 'XXZ'"),
         ("name shin", "name thigh", "two of these bones have one name"),
         ("    name shin\n", "", "line 21: the bone that begins here has no name"),
         ("direction 0 -1 0", "direction 0 inf 0", "line 17: a number is not finite"),
-        ("axis 0 0 90 XYZ", "axis 0 0 90", "the order of the axes is ''"),
         ("dof rx rz", "dof rx rx", "dof of shin may hold rx, ry and rz once each"),
-        ("dof rx rz", "dof rx tz", "dof of shin may hold rx, ry and rz once each"),
         ("  end\n:hierarchy", ":hierarchy", "line 33: there is no bone 'shin'"),
         ("    thigh shin", "    thigh foot", "there is no bone 'foot'"),
         ("    thigh shin", "    shin thigh", "bones that hang on nothing: shin"),
-        ("    thigh shin", "    thigh root", "bones that hang on nothing: shin"),
         ("    thigh shin", "    thigh shin root", "a bone hangs on itself: .*root"),
-        ("    thigh shin", "", "bones that hang on nothing: shin"),
     ],
 )
 def test_skeleton_errors(tmp_path, old, new, message):
@@ -206,9 +178,7 @@ def test_skeleton_errors(tmp_path, old, new, message):
         ("shin 0 0", "foot 0 0", r"line 6: 'foot' is neither a bone"),
         ("shin 0 0", "shin 0", r"line 6: 1 numbers where there must be 2"),
         ("shin 0 0", "shin 0 1e12", r"line 6: a number is not finite or is far too large"),
-        ("shin 0 0", "shin 0 x", r"line 6: could not convert string to float: 'x'"),
         ("shin 0 0\n", "", r"line 4: the frame that starts here lacks shin"),
-        ("shin 90 0\n", "", r"line 7: the frame that starts here lacks shin"),
     ],
 )
 def test_motion_errors(tmp_path, old, new, message):

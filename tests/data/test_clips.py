@@ -10,23 +10,10 @@ import pytest
 from motion_files import cmu_bvh, cmu_frame, lafan1, write_cmu
 
 from diffpose_jax.data.motion import clips, make
-from diffpose_jax.data.motion.bodies import mirror_poses
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_LEFT, H36M_RIGHT
 
 JOINT = {name: index for index, name in enumerate(H36M_JOINTS)}
 CLIPS = clips.load_embedded()
-
-
-def bone_lengths(positions_mm):
-    parents, joints = np.array(H36M_BONES).T
-    return np.linalg.norm(positions_mm[:, joints] - positions_mm[:, parents], axis=-1)
-
-
-def body_axes(positions_mm):
-    """Directions to the left and to the front, unit vectors (F, 3)."""
-    left = positions_mm[:, JOINT["LHip"]] - positions_mm[:, JOINT["RHip"]]
-    front = np.cross(left, positions_mm[:, JOINT["Thorax"]] - positions_mm[:, JOINT["Hip"]])
-    return [axis / np.linalg.norm(axis, axis=-1, keepdims=True) for axis in (left, front)]
 
 
 def test_archive_holds_what_the_readme_says():
@@ -45,23 +32,6 @@ def test_archive_holds_what_the_readme_says():
         assert text in clips.ARCHIVE.with_name(f"LICENSE.{name}").read_text().lower()
 
 
-def test_test_frames_are_related_to_the_training_frames_but_not_contained():
-    poses = {"train": [], "test": []}
-    for clip in CLIPS:
-        x, y, z = np.moveaxis(clip.positions_mm.astype(np.float64), -1, 0)
-        yaw = np.arctan2(y[:, JOINT["LHip"]], x[:, JOINT["LHip"]])[:, None]
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        turned = np.stack([cos * x + sin * y, cos * y - sin * x, z - z[:, :1]], axis=-1)
-        poses[clip.split].append(turned[:, 1:])
-    train = np.concatenate(poses["train"])[::2]
-    nearest = [
-        np.linalg.norm(train - pose, axis=-1).mean(1).min()
-        for pose in np.concatenate(poses["test"])[::4]
-    ]
-    assert 60 < np.median(nearest) < 110
-    assert min(nearest) > 5
-
-
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.name)
 def test_clips_keep_the_conventions(clip):
     positions_mm = clip.positions_mm
@@ -71,36 +41,30 @@ def test_clips_keep_the_conventions(clip):
     # The body reaches the floor but is not under it.
     assert -50 < positions_mm[..., 2].min() < 110
     assert positions_mm[..., 2].max() < 2500
-    lengths = bone_lengths(positions_mm)
-    expected = [make.BONES_MM[H36M_JOINTS[joint]] for _, joint in H36M_BONES]
+    parents, joints = np.array(H36M_BONES).T
+    lengths = np.linalg.norm(positions_mm[:, joints] - positions_mm[:, parents], axis=-1)
+    expected = [make.BONES_MM[H36M_JOINTS[joint]] for joint in joints]
     np.testing.assert_allclose(lengths, np.broadcast_to(expected, lengths.shape), atol=0.2)
-
-
-def nose_before_head(positions_mm):
-    _, front = body_axes(positions_mm)
-    head = (positions_mm[:, JOINT["Thorax"]] + positions_mm[:, JOINT["Head"]]) / 2
-    return np.sum((positions_mm[:, JOINT["Nose"]] - head) * front, axis=-1)
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.name)
 def test_bodies_are_not_mirrored(clip):
     """Nose in front, knees bending backwards: both fail where left and right are exchanged."""
-    positions_mm = clip.positions_mm.astype(np.float64)
-    left, _ = body_axes(positions_mm)
-    nose = nose_before_head(positions_mm)
+    at = {name: clip.positions_mm[:, index].astype(np.float64) for name, index in JOINT.items()}
+    left = at["LHip"] - at["RHip"]
+    left /= np.linalg.norm(left, axis=-1, keepdims=True)
+    front = np.cross(left, at["Thorax"] - at["Hip"])
+    front /= np.linalg.norm(front, axis=-1, keepdims=True)
+    nose = np.sum((at["Nose"] - (at["Thorax"] + at["Head"]) / 2) * front, axis=-1)
     assert np.median(nose) > 20
     assert nose.min() > -20  # the head turns against the trunk
-    exchanged = mirror_poses(positions_mm) * [-1, 1, 1]
-    assert np.median(nose_before_head(exchanged)) < -20
     for side in "LR":
-        thigh = positions_mm[:, JOINT[side + "Knee"]] - positions_mm[:, JOINT[side + "Hip"]]
-        shin = positions_mm[:, JOINT[side + "Ankle"]] - positions_mm[:, JOINT[side + "Knee"]]
+        thigh, shin = at[side + "Knee"] - at[side + "Hip"], at[side + "Ankle"] - at[side + "Knee"]
         hinge = np.cross(thigh, shin)
         bent = np.linalg.norm(hinge, axis=-1) > np.sin(np.radians(20)) * 443 * 454
         assert bent.any()
         assert (np.sum(hinge * left, axis=-1)[bent] > 0).all()
-    shoulders = positions_mm[:, JOINT["LShoulder"]] - positions_mm[:, JOINT["RShoulder"]]
-    assert (np.sum(shoulders * left, axis=-1) > 0).all()
+    assert (np.sum((at["LShoulder"] - at["RShoulder"]) * left, axis=-1) > 0).all()
 
 
 def test_writing_the_clips_again_gives_the_archive(tmp_path):
@@ -234,7 +198,6 @@ def test_read_clip_centres_the_hip_and_keeps_the_height(tmp_path):
         (GOOD[0], 50, r"shape \(17, 3\)"),
         (np.float64(1), 50, r"shape \(\)"),
         (GOOD[:0], 50, r"shape \(0, 17, 3\)"),
-        (GOOD[:, list(range(16))], 50, r"shape \(3, 16, 3\)"),
         (np.where(np.arange(17)[:, None] == 5, np.nan, GOOD), 50, "not finite"),
         (GOOD.astype(str), 50, "not finite numbers"),
         (GOOD / 1000, 50, "metres x 1000"),
@@ -335,13 +298,15 @@ def test_read_folder_holds_out_what_a_pattern_names(tmp_path):
     assert test_clips_of("02_01") == {"02_01"}
 
 
-def test_read_folder_takes_motion_of_all_formats(tmp_path):
-    save(tmp_path / "mine.npz")
+def test_read_folder_takes_motion_of_all_formats_and_thins_it(tmp_path):
+    save(tmp_path / "mine.npz", CLIPS[0].positions_mm[:9], fps=60)
     for name in ("02_01", "03_01"):
-        write_cmu(tmp_path, name, [cmu_frame()] * 3)
+        write_cmu(tmp_path, name, [cmu_frame()] * 6)
     (tmp_path / "person.bvh").write_text(lafan1(2))
-    splits = splits_of(tmp_path, test_clips="03_*")
-    assert splits == {"02_01": "train", "03_01": "test", "mine": "train", "person": "train"}
+    found = clips.read_folder(tmp_path, test_clips="03_*", fps=20.0)
+    assert [(clip.name, clip.split, len(clip.positions_mm)) for clip in found] == [
+        ("02_01", "train", 1), ("03_01", "test", 1), ("mine", "train", 3), ("person", "train", 2),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -354,10 +319,3 @@ def test_thinning_leaves_at_least_the_wanted_rate(fps, wanted, stride):
     assert (clip.name, clip.split) == ("a", "test")
     assert clip.fps == pytest.approx(fps / stride)
     np.testing.assert_array_equal(clip.positions_mm, positions_mm[::stride])
-
-
-def test_read_folder_thins(tmp_path):
-    save(tmp_path / "a.npz", CLIPS[0].positions_mm[:9], fps=60)
-    save(tmp_path / "test" / "b.npz", CLIPS[0].positions_mm[:9], fps=20)
-    found = clips.read_folder(tmp_path, fps=20.0)
-    assert [(clip.fps, len(clip.positions_mm)) for clip in found] == [(20, 3), (20, 9)]

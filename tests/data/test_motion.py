@@ -63,16 +63,10 @@ def test_decoded_examples_are_the_rendered_blobs(prepared):
         assert example["frame"] == everything["frame"][i]
 
 
-def test_poses_are_hip_centred(prepared):
-    pose = motion.read_all(prepared, "train")["pose_mm"]
-    np.testing.assert_array_equal(pose[:, 0], 0.0)
-    lengths = np.linalg.norm(bones_of(pose), axis=-1)
-    assert 20 < lengths.min() < lengths.max() < 700
-
-
 def test_the_pose_explains_the_keypoints(prepared):
     # Under weak perspective a person at 5 m is an affine image of the pose, y turned around.
     data = motion.read_all(prepared, "train")
+    np.testing.assert_array_equal(data["pose_mm"][:, 0], 0.0)
     for pose, cells in zip(data["pose_mm"], data["keypoints_xy"], strict=True):
         image = cells - cells[0]
         plane = pose[:, :2] * [1, -1]
@@ -126,14 +120,11 @@ def test_name_follows_content(tmp_path):
     [
         ({"sead": 1}, r"config\.data\.builder: unknown field sead"),
         ({"camera": {"hight": 1.0}}, r"config\.data\.builder\.camera: unknown field hight"),
-        ({"camera": 3.0}, r"config\.data\.builder\.camera must hold fields, not '3\.0'"),
         ({"seed": "a"}, r"config\.data\.builder\.seed must be of type int, not 'a'"),
         ({"fps": -1.0}, r"config\.data\.builder\.fps must be 0 to 1000000\.0, not -1\.0"),
         ({"fps": float("nan")}, r"config\.data\.builder\.fps must be"),
-        ({"test_stride": 0}, r"config\.data\.builder\.test_stride must be 1 to"),
         ({"body": {"height_mm_min": 2000}}, r"builder\.body\.height_mm_min must be 100 to 1950"),
         ({"simulator": {"missed": 1.5}}, r"builder\.simulator\.missed must be 0 to 1, not 1\.5"),
-        ({"crop": {"cut": -0.1}}, r"builder\.crop\.cut must be 0 to 1"),
         ({"camera": {"distance_mm_min": 0}}, r"builder\.camera\.distance_mm_min must be 1 to 6500"),
         (
             {"test_clips": "a"},

@@ -183,9 +183,9 @@ def test_a_mapping_file_may_only_correct_a_known_skeleton(tmp_path):
 
 def test_the_nearest_mapping_file_holds_up_to_the_folder(tmp_path):
     folder = tmp_path / "data"
-    write_cmu(folder, "05_01", [cmu_frame()] * 2)
-    write_cmu(folder / "test", "06_01", [cmu_frame()] * 2)
-    write_cmu(folder / "slow" / "deep", "07_01", [cmu_frame()] * 2)
+    for place in ("05_01", "test/06_01", "slow/deep/07_01"):
+        path = folder / place
+        write_cmu(path.parent, path.name, [cmu_frame()] * 2)
     (tmp_path / "skeleton.json").write_text("not in the folder, not read")
     (folder / "skeleton.json").write_text('{"fps": 100}')
     (folder / "slow" / "skeleton.json").write_text('{"fps": 50}')
@@ -208,11 +208,8 @@ def test_an_unknown_skeleton_is_told_what_to_do(tmp_path):
     ("changes", "joints", "message"),
     [
         ({}, {"Head": "Hat"}, r"needs the joints Hat\. The file has: Root, Top, TopEnd"),
-        ({}, {"Head": {"Hat": 0.5, "Cap": 0.5}}, r"needs the joints Cap, Hat"),
         ({}, {"Head": {"Root": 0.5, "Top": 0.4}}, r"the weights of Head add up to 0\.9, not 1"),
         ({}, {"Head": {"Root": "all"}}, r'Head is {"Root": "all"}; give "joint"'),
-        ({}, {"Head": ["Top"]}, r"Head is \[\"Top\"\]"),
-        ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2, "3"]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset": [1, 2, 3]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2, 3], "axes": 1}}, "Head is"),
@@ -224,12 +221,9 @@ def test_an_unknown_skeleton_is_told_what_to_do(tmp_path):
         ({"up": None}, {}, "up must be one of x, y, z, not None"),
         ({"unit_mm": None}, {}, r"stick\.bvh does not tell its unit_mm; give it in a skel"),
         ({"unit_mm": 0}, {}, r"skeleton\.json\.unit_mm must be 1e-06 to 1000000.0, not 0"),
-        ({"unit_mm": "10"}, {}, "unit_mm must be of type"),
-        ({"fps": True}, {}, "fps must be of type"),
         ({"fps": float("nan")}, {}, "fps must be"),
         ({"fps": 10**400}, {}, "fps must be"),
         ({"stride": 1.5}, {}, "stride must be of type"),
-        ({"skip_frames": -1}, {}, "skip_frames must be 0 to"),
         ({"skip_frames": 6}, {}, r"shape \(0, 17, 3\)"),
     ],
 )  # fmt: skip
