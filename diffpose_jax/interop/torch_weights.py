@@ -35,7 +35,6 @@ class WeightsError(ValueError):
 
 _INPUT, _CONDITION = ("denoiser", "input", "kernel"), ("denoiser", "condition", "kernel")
 _JOINTS = ("encoder", "joint_embedding")
-
 _CENTRES = "condition_emb.pos_encoder.centers"
 _OF_SCHEDULE = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_recip_alphas_cumprod",
@@ -127,11 +126,7 @@ def write_file(path: str | Path, params: Mapping[str, Any], schedule: Schedule) 
 
 
 def released_tensors(content: Any, weights: str = "raw") -> dict[str, np.ndarray]:
-    """The "raw" or "ema" state dict in what `read_file` gave, which may be nothing but a raw one.
-
-    Raises:
-      WeightsError: if it holds no such weights.
-    """
+    """The "raw" or "ema" state dict in what `read_file` gave; a plain one counts as raw."""
     if not isinstance(content, dict):
         raise WeightsError(f"holds a {type(content).__name__}, not a dictionary of tensors")
     prefix = ""
@@ -165,12 +160,9 @@ def check_schedule(tensors: Mapping[str, np.ndarray], schedule: Schedule) -> Non
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a released state dict to float32 parameters; what `unused` names is dropped.
+    """Converts a released state dict to parameters of the shapes of `expected`, float32.
 
-    Args:
-      tensors: the state dict's arrays by name.
-      expected: the network's parameters or their shapes,
-        `jax.eval_shape(network.init, jax.random.key(0))`.
+    What `unused` names is dropped.
 
     Raises:
       WeightsError: names the tensors that are unknown, missing or wrongly shaped.
@@ -215,10 +207,13 @@ def to_torch(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.ndar
         tensors[name] = np.ascontiguousarray(tensor)
         if layer := re.fullmatch(r"(denoise_fn\.res_pose\d+)\.l(\d+)\.bias", name):
             norm = f"{layer[1]}.bn{layer[2]}"
-            for kind in ("weight", "running_var"):
-                tensors[f"{norm}.{kind}"] = np.ones(shape, np.float32)
-            for kind in ("bias", "running_mean"):
-                tensors[f"{norm}.{kind}"] = np.zeros(shape, np.float32)
+            for kind, value in (
+                ("weight", 1),
+                ("bias", 0),
+                ("running_mean", 0),
+                ("running_var", 1),
+            ):
+                tensors[f"{norm}.{kind}"] = np.full(shape, value, np.float32)
             tensors[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
     width = flat[_JOINTS].shape[1]
     tensors |= {

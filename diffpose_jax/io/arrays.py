@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_UNPACKED_BYTES = 1 << 30
-"""The most that an archive may hold; what is larger can be given as .npy, which is not packed."""
+MAX_UNPACKED_BYTES = 1 << 30  # what is larger can be given as .npy, which is not packed
 
 
 def read(path: str | os.PathLike[str]) -> np.ndarray | dict[str, np.ndarray]:
@@ -17,7 +16,7 @@ def read(path: str | os.PathLike[str]) -> np.ndarray | dict[str, np.ndarray]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is not such a file, is damaged, holds Python objects, or unpacks to more
-        than `MAX_UNPACKED_BYTES`; the message names it and says why.
+        than `MAX_UNPACKED_BYTES`.
     """
     path = Path(path)
     try:

@@ -25,14 +25,13 @@ class LockedError(RuntimeError):
 def exclusive(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it; raises LockedError if one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / HOLDER
-    lock = filelock.FileLock(folder / LOCK, blocking=False)
+    holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
+        who = _describe(holder)
         raise LockedError(
-            f"{folder} is in use by {_describe(holder)}: wait for it or stop it, or choose another"
-            " folder"
+            f"{folder} is in use by {who}: wait for it or stop it, or choose another folder"
         ) from None
     try:
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -45,7 +44,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting(folder: Path) -> Iterator[None]:
-    """Makes a folder and waits until no other process is in this context with the same folder."""
+    """Makes a folder and waits until no other process is in this context with it."""
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / LOCK):
         yield

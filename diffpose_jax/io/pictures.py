@@ -42,15 +42,15 @@ class PictureError(ValueError):
 
 
 def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
-    """Reads a picture as it is meant to be seen: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM.
+    """Reads a picture as it is meant to be seen.
 
-    And AVIF, if Pillow has it. The EXIF orientation is applied; transparent parts are put on white,
-    as a browser shows them; of 16 bits the upper eight count; CMYK and palettes become RGB without
-    a colour profile. Of an animation the first frame is read, and a warning says so.
+    The EXIF orientation is applied; transparent parts are put on white, as a browser shows them;
+    of 16 bits the upper eight count; CMYK and palettes become RGB without a colour profile. Of an
+    animation the first frame is read, and a warning says so.
 
     Raises:
-      PictureError: if it is not such a file, is damaged, has more than `MAX_PIXELS` or a side
-        above `MAX_SIDE_PX` (both found before it is decoded) or below `MIN_SIDE_PX`.
+      PictureError: if it is of another kind, damaged, too large (found before it is decoded) or
+        too small.
     """
     with _opened(Path(path)) as picture:
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
@@ -70,11 +70,7 @@ def size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def find(folder: str | os.PathLike[str]) -> list[Path]:
-    """The pictures in a folder by their `SUFFIXES`, in order; not those in folders within it.
-
-    Raises:
-      PictureError: if there are none.
-    """
+    """The pictures in a folder by their `SUFFIXES`, in order; raises PictureError if none is."""
     found = sorted(
         path
         for path in Path(folder).iterdir()

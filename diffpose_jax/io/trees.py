@@ -44,19 +44,13 @@ def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]
 
 
 def read_trees(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Reads items of a checkpoint.
-
-    Args:
-      folder: the checkpoint's.
-      expected: by item, a tree of the same structure and shapes: arrays or `jax.ShapeDtypeStruct`.
+    """Reads items of a checkpoint, each of the structure and shapes of an expected tree.
 
     Raises:
       DamagedError: if an item cannot be read, or its arrays have other names or shapes.
     """
     for item, tree in expected.items():
         _check_stored(folder, item, tree)
-    # Not `StandardRestore`: it asks TensorStore (0.1.86) to describe each array by `to_json`, whose
-    # strings are never freed.
     items = {
         item: ocp.args.PyTreeRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
         for item, tree in expected.items()

@@ -67,7 +67,7 @@ def run(params, crop):
     """Heatmaps of a crop and the small maps that they are made of."""
     heatmaps, state = efficientpose.EfficientPose().apply(
         {"params": params},
-        efficientpose.preprocess(crop[None]),
+        crop[None],
         capture_intermediates=lambda module, _: module.name == "pass3_detection2_confs",
         mutable=["intermediates"],
     )
@@ -154,7 +154,6 @@ def test_order_of_the_joints():
 def test_saved_and_loaded(folder, params):
     detector = detectors.load(folder)
     assert (detector.input_px, detector.network) == (276, efficientpose.EfficientPose())
-    assert detector.preprocess is efficientpose.preprocess
     jax.tree.map(np.testing.assert_array_equal, detector.params, params)
 
 

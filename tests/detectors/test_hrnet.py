@@ -66,7 +66,7 @@ def test_an_image_does_not_depend_on_its_batch(detector):
     np.testing.assert_allclose(others, heatmaps[[2, 0]], rtol=0, atol=1e-5 * deviation)
 
 
-def test_255_pixels_are_256_with_a_padding_of_zeros(params):
+def test_255_pixels_are_256_with_a_padding_of_the_mean_colour(params):
     """The first convolution pads by one pixel on each side and of 256 never sees the last.
 
     After the stem all is the same.
@@ -83,9 +83,10 @@ def test_255_pixels_are_256_with_a_padding_of_zeros(params):
         )
         return state["intermediates"]["conv2"]["__call__"][0]
 
-    images = jnp.asarray(np.random.default_rng(4).normal(size=(1, 255, 255, 3)), jnp.float32)
-    small = stem(images)
-    padded = stem(jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0))))
+    crops = jnp.asarray(random_crops(4, 1, 255), jnp.float32)
+    grey = jnp.broadcast_to(255 * jnp.array(hrnet._MEAN, jnp.float32), (1, 256, 256, 3))
+    small = stem(crops)
+    padded = stem(grey.at[:, :255, :255].set(crops))
     assert small.shape == (1, 64, 64, 64)
     np.testing.assert_allclose(small, padded, rtol=0, atol=1e-5 * np.std(padded))
 
