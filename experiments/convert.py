@@ -47,9 +47,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run or export to write as 
 TO_TORCH = flags.DEFINE_string("to_torch", None, "PyTorch file to write.")
 
 
-def convert(
-    path: Path, output: Path, weights: str, config: Config
-) -> tuple[str, list[str]]:
+def convert(path: Path, output: Path, weights: str, config: Config) -> tuple[str, list[str]]:
     """Converts a file; returns what it was and the tensors in it that nothing reads.
 
     Raises:
