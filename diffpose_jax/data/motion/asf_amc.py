@@ -22,7 +22,6 @@ from scipy.spatial.transform import Rotation
 from diffpose_jax.data.motion.recording import Line, Recording, listed, place, read_lines
 
 ROOT = "root"
-_INCH_MM = 25.4
 _ROTATIONS = ("RX", "RY", "RZ")
 _TRANSLATIONS = ("TX", "TY", "TZ")
 
@@ -34,7 +33,7 @@ class Bone:
     name: str
     parent: int  # index of the parent among the skeleton's bones; -1 for the root
     vector: Float[np.ndarray, " 3"]  # start to end in the rest pose; of the root: where it is
-    axes: Rotation  # C
+    axes: Float[np.ndarray, "3 3"]  # C
     freedoms: tuple[str, ...]  # RX, RY, RZ and, of the root, TX, TY, TZ, in the order of the file
 
 
@@ -67,7 +66,7 @@ def read_asf(path: str | Path) -> tuple[list[Bone], float, bool]:
         if line.words[0] == "end":
             bones.append(_bone(block, in_degrees))
             block = []
-    return _connect(bones, sections["hierarchy"]), _INCH_MM / length, in_degrees
+    return _connect(bones, sections["hierarchy"]), 25.4 / length, in_degrees
 
 
 def find_asf(path: str | Path) -> Path:
@@ -132,10 +131,10 @@ def _frame(lines: list[Line], sizes: dict[str, int]) -> Float[np.ndarray, " C"]:
     """Numbers of a frame, in the order of the skeleton's bones."""
     numbers = {}
     for line in lines[1:]:
-        name = line.words[0]
+        name, *words = line.words
         if name not in sizes:
             raise line.error(f"{name[:40]!r} is neither a bone that moves nor a frame's number")
-        numbers[name] = line.floats(sizes[name])
+        numbers[name] = line.floats(sizes[name], words)
     if missing := [name for name in sizes if name not in numbers]:
         reason = f"the frame that starts here lacks {listed(missing)}"
         raise lines[0].error(f"{reason}; the file is cut off or has another skeleton")
@@ -144,7 +143,7 @@ def _frame(lines: list[Line], sizes: dict[str, int]) -> Float[np.ndarray, " C"]:
 
 def _fields(lines: list[Line], *defaults: str) -> dict[str, Line]:
     """Lines by their first word."""
-    presets = [dataclasses.replace(lines[0], text=text) for text in defaults]
+    presets = [lines[0]._replace(text=text) for text in defaults]
     return {line.words[0].lower(): line for line in [*presets, *lines]}
 
 
@@ -172,7 +171,7 @@ def _bone(block: list[Line], in_degrees: bool) -> Bone:
     return Bone(name, -1, vector, axes, freedoms)
 
 
-def _axes(line: Line, words: list[str], in_degrees: bool) -> Rotation:
+def _axes(line: Line, words: list[str], in_degrees: bool) -> Float[np.ndarray, "3 3"]:
     """The matrix C of three angles (about X, Y and Z) and the order in which they act."""
     angles, order = line.floats(3, words[:3]), "".join(words[3:]).upper()
     if sorted(order) != ["X", "Y", "Z"]:
@@ -180,9 +179,11 @@ def _axes(line: Line, words: list[str], in_degrees: bool) -> Rotation:
     return _turn(order, angles[["XYZ".index(axis) for axis in order]], in_degrees)
 
 
-def _turn(order: str, angles: Float[np.ndarray, "*F N"], in_degrees: bool) -> Rotation:
+def _turn(
+    order: str, angles: Float[np.ndarray, "*F N"], in_degrees: bool
+) -> Float[np.ndarray, "*F 3 3"]:
     """Rotations about fixed axes (lower case for scipy), the first of `order` acting first."""
-    return Rotation.from_euler(order.lower(), angles, in_degrees) if order else Rotation.identity()
+    return Rotation.from_euler(order.lower(), angles, in_degrees).as_matrix()
 
 
 def _connect(bones: list[Bone], section: list[Line]) -> list[Bone]:
@@ -216,8 +217,9 @@ def _moved(
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """What `place` needs of a bone, from the numbers of its degrees of freedom."""
     turning = [k for k, freedom in enumerate(bone.freedoms) if freedom in _ROTATIONS]
-    motion = _turn("".join(bone.freedoms[k][1] for k in turning), values[:, turning], in_degrees)
-    rotation = (bone.axes * motion * bone.axes.inv()).as_matrix()
+    order = "".join(bone.freedoms[k][1] for k in turning)
+    motion = _turn(order, values[:, turning], in_degrees) if turning else np.eye(3)
+    rotation = bone.axes @ motion @ bone.axes.T
     if bone.parent < 0:
         moving = [bone.freedoms.index(freedom) for freedom in _TRANSLATIONS]
         return bone.parent, bone.vector + values[:, moving], rotation

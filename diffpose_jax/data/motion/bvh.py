@@ -47,8 +47,7 @@ def read_bvh(path: str | Path) -> Recording:
     lines = read_lines(path)
     joints, motion = _read_hierarchy(lines)
     ends = np.cumsum([len(joint.channels) for joint in joints])
-    lines = lines[lines.index(motion) :]
-    frame_time, numbers = _read_motion(lines, int(ends[-1]))
+    frame_time, numbers = _read_motion(lines[lines.index(motion) :], int(ends[-1]))
     moved = list(map(_moved, joints, np.split(numbers, ends[:-1], axis=1)))
     names = tuple(joint.name for joint in joints)
     return Recording(names, *place(path, len(numbers), moved), fps=1 / frame_time, unit_mm=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -24,12 +25,11 @@ class Recording:
     unit_mm: float | None  # length of the file's unit, if the file tells
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of a text file; its number is counted from one."""
+class Line(NamedTuple):
+    """A line of a text file."""
 
     path: Path
-    number: int
+    number: int  # counted from one
     text: str
 
     @property
@@ -49,12 +49,12 @@ class Line:
         if len(words) != count:
             raise self.error(f"{len(words)} numbers where there must be {count}")
         try:
-            numbers = np.array(list(map(float, words)))
+            numbers = list(map(float, words))
         except ValueError as error:
             raise self.error(str(error)[:80]) from error
-        if not np.abs(numbers).sum() < _LARGEST:  # nan is refused, too
+        if not sum(map(abs, numbers)) < _LARGEST:  # nan is refused, too
             raise self.error("a number is not finite or is far too large")
-        return numbers
+        return np.array(numbers)
 
 
 def read_lines(path: Path) -> list[Line]:
