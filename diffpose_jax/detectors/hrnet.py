@@ -56,7 +56,7 @@ class Bottleneck(_Convolutions):
     """Residual block of the first stage: 64 channels within, 256 out."""
 
     @nn.compact
-    def __call__(self, x: Branch) -> Branch:
+    def __call__(self, x: Branch) -> Float[Array, "B H W 256"]:
         """Gives 256 channels."""
         y = nn.relu(self.conv(64, 1, name="conv1")(x))
         y = nn.relu(self.conv(64, 3, name="conv2")(y))

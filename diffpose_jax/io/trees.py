@@ -43,7 +43,7 @@ def load_tree(directory: str | Path, expected: dict[str, Any]) -> dict[str, Any]
     return read_trees(directory.parent, {directory.name: expected})[directory.name]
 
 
-def read_trees(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+def read_trees(folder: Path, expected: dict[str, Any]) -> Mapping[str, Any]:
     """Reads items of a checkpoint, each of the structure and shapes of an expected tree.
 
     Raises:
@@ -58,7 +58,7 @@ def read_trees(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return restore(folder, items)
 
 
-def restore(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
+def restore(folder: Path, items: dict[str, Any]) -> Mapping[str, Any]:
     """Reads items of a checkpoint by their Orbax arguments, in this process alone."""
     try:
         handler = ocp.CompositeCheckpointHandler(
@@ -105,7 +105,7 @@ def json_sum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def check_sums(folder: Path, trees: dict[str, Any], written: dict[str, dict[str, int]]) -> None:
+def check_sums(folder: Path, trees: Mapping[str, Any], written: dict[str, dict[str, int]]) -> None:
     """Raises DamagedError if what was read has other `array_sums` than those that were written."""
     for item, tree in trees.items():
         expected = written.get(item, {})
