@@ -53,55 +53,45 @@ def test_presets_of_the_root(tmp_path):
     np.testing.assert_allclose(positions[:2], [[11, 20, 30], [11, 16, 30]], atol=1e-12)
 
 
-def test_random_skeletons_against_rotations_by_definition(tmp_path):
+def test_random_numbers_against_rotations_by_definition(tmp_path):
     rng = np.random.default_rng(3)
-    names = [f"bone{i}" for i in range(10)]
-    parents = [-1, *(int(rng.integers(-1, i)) for i in range(1, 10))]
-    orders = ["".join(rng.permutation(list("XYZ"))) for _ in names]
-    angles = rng.uniform(-180, 180, (10, 3)).round(3)  # about X, Y and Z
-    freedoms = [list(rng.permutation(["rx", "ry", "rz"])[: rng.integers(0, 4)]) for _ in names]
-    directions = rng.normal(size=(10, 3)).round(4)
+    hierarchy = {"root": ["a", "b"], "b": ["c", "d"], "d": ["e"]}
+    parents = {child: parent for parent, children in hierarchy.items() for child in children}
+    freedoms = {"a": "rz", "b": "ry rx rz", "c": "", "d": "rx rz", "e": "rz ry rx"}
+    orders = {name: "".join(rng.permutation(list("XYZ"))) for name in parents}
+    angles = {name: rng.uniform(-180, 180, 3).round(3) for name in parents}  # about X, Y and Z
+    directions = {name: rng.normal(size=3).round(4) for name in parents}
     bones = {
-        name: (direction, 1.5, " ".join([*map(str, angle), order]), " ".join(dof))
-        for name, direction, angle, order, dof in zip(
-            names, directions, angles, orders, freedoms, strict=True
-        )
-    }
-    hierarchy = {
-        parent: [names[j] for j in range(10) if parents[j] == i]
-        for i, parent in enumerate(["root", *names], -1)
-        if i in parents
+        name: (directions[name], 1.5, " ".join([*map(str, angles[name]), orders[name]]), dof)
+        for name, dof in reversed(freedoms.items())  # children may come before their parents
     }
     frames = []
     for _ in range(4):
-        moving = {
-            name: rng.uniform(-180, 180, len(dof))
-            for name, dof in zip(names, freedoms, strict=True)
-            if dof
-        }
+        moving = {n: rng.uniform(-180, 180, len(d.split())) for n, d in freedoms.items() if d}
         frames.append({"root": rng.uniform(-180, 180, 6), **moving})
     frames[1] = dict(reversed(frames[1].items()))  # the order of the bones in a frame is free
-    # Children may come before their parents.
-    shuffled = {name: bones[name] for name in rng.permutation(names)}
-    recording = read_amc(write(tmp_path, asf_text(shuffled, hierarchy), amc_text(frames)))
+    recording = read_amc(write(tmp_path, asf_text(bones, hierarchy), amc_text(frames)))
 
     def fixed(axes, degrees):
         """About fixed axes, the first acting first."""
-        return turn([axis.upper() for axis in reversed(axes)], degrees[::-1])
+        return turn([axis[-1].upper() for axis in reversed(axes)], degrees[::-1])
 
-    index = {name: k for k, name in enumerate(recording.joints)}
+    assert set(recording.joints) == {"root", *parents}
     for f, frame in enumerate(frames):
-        rotations = {-1: fixed("xyz", frame["root"][3:])}
-        positions = {-1: frame["root"][:3]}
-        for i, name in enumerate(names):
-            own = fixed(orders[i], angles[i, ["XYZ".index(axis) for axis in orders[i]]])
-            motion = fixed([dof[1] for dof in freedoms[i]], frame.get(name, ()))
-            rotations[i] = rotations[parents[i]] @ own @ motion @ own.T
-            positions[i] = positions[parents[i]] + rotations[i] @ (1.5 * directions[i])
-            found = recording.positions[f, index[name]]
-            np.testing.assert_allclose(found, positions[i], rtol=1e-13, atol=1e-13)
-            found = recording.rotations[f, index[name]]
-            np.testing.assert_allclose(found, rotations[i], rtol=0, atol=1e-13)
+        rotations, positions = (
+            {"root": fixed("XYZ", frame["root"][3:])},
+            {"root": frame["root"][:3]},
+        )
+        for name, parent in parents.items():
+            own = fixed(orders[name], [angles[name]["XYZ".index(axis)] for axis in orders[name]])
+            motion = fixed(freedoms[name].split(), frame.get(name, ()))
+            rotations[name] = rotations[parent] @ own @ motion @ own.T
+            positions[name] = positions[parent] + rotations[name] @ (1.5 * directions[name])
+        for k, name in enumerate(recording.joints):
+            found = recording.positions[f, k]
+            np.testing.assert_allclose(found, positions[name], rtol=1e-13, atol=1e-13)
+            found = recording.rotations[f, k]
+            np.testing.assert_allclose(found, rotations[name], rtol=0, atol=1e-13)
 
 
 def test_units_and_angles(tmp_path):

@@ -46,48 +46,46 @@ def test_position_channels_of_any_joint_replace_its_offset(tmp_path):
     np.testing.assert_array_equal(still.positions[0, 0], [1, 2, 3])
 
 
-def test_random_skeletons_against_rotations_by_definition(tmp_path):
+def test_random_numbers_against_rotations_by_definition(tmp_path):
     rng = np.random.default_rng(0)
-    names = [f"Joint {i}: a" for i in range(12)]
-    parents = [-1, *(int(rng.integers(0, i)) for i in range(1, 12))]
-    offsets = rng.normal(size=(12, 3)).round(4)
-    orders = ["".join(rng.permutation(list("XYZ"))) for _ in names]
-    placed = {name for name in names if rng.random() < 0.3}
-    ends = rng.normal(size=(12, 3)).round(4)
-    written = []  # the order of the file: depth first
+    parents = {"A: a b": "", "B": "A: a b", "C": "B", "D": "B", "E": "A: a b", "F": "E"}
+    joints = list(parents)  # depth first, as in the file
+    orders = {name: "".join(rng.permutation(list("XYZ"))) for name in joints}
+    offsets = {name: rng.normal(size=3).round(4) for name in (*joints, "CEnd", "DEnd", "FEnd")}
+    moved = ("A: a b", "C", "E")  # with position channels
 
-    def subtree(i):
-        written.append(i)
-        children = {names[j]: subtree(j) for j in range(12) if parents[j] == i}
-        return (offsets[i], children or ends[i])
+    def subtree(name):
+        children = {child: subtree(child) for child in joints if parents[child] == name}
+        return (offsets[name], children or offsets[f"{name}End"])
 
-    tree = {names[0]: subtree(0)}
-    angles = rng.uniform(-180, 180, (5, 12, 3)).round(3)
-    places = rng.normal(size=(5, 12, 3)).round(4)
+    angles, places = rng.uniform(-180, 180, (4, 6, 3)).round(3), rng.normal(size=(4, 6, 3)).round(4)
     rows = [
-        np.concatenate([np.r_[places[f, i] if names[i] in placed else [], angles[f, i]]
-                        for i in written])
-        for f in range(5)
+        np.concatenate([
+            np.r_[places[f, i] if name in moved else [], angles[f, i]]
+            for i, name in enumerate(joints)
+        ])
+        for f in range(4)
     ]  # fmt: skip
-    order = dict(zip(names, orders, strict=True))
-    text = bvh_text(tree, rows, 0.01, order.__getitem__, tuple(placed))
+    text = bvh_text({joints[0]: subtree(joints[0])}, rows, 0.01, orders.__getitem__, moved)
     recording = read_bvh(write(tmp_path, text))
 
-    index = {name: k for k, name in enumerate(recording.joints)}
-    for f in range(5):
-        rotations, positions = {-1: np.eye(3)}, {-1: np.zeros(3)}
-        for i in written:
-            place = places[f, i] if names[i] in placed else offsets[i]
-            rotations[i] = rotations[parents[i]] @ turn(orders[i], angles[f, i])
-            positions[i] = positions[parents[i]] + rotations[parents[i]] @ place
-            expected = {names[i]: positions[i]}
-            if i not in parents:
-                expected[names[i] + "End"] = positions[i] + rotations[i] @ ends[i]
-            for name, position in expected.items():
-                found = recording.positions[f, index[name]]
-                np.testing.assert_allclose(found, position, rtol=0, atol=1e-13)
-                found = recording.rotations[f, index[name]]
-                np.testing.assert_allclose(found, rotations[i], rtol=0, atol=1e-13)
+    assert set(recording.joints) == set(offsets)
+    for f in range(4):
+        rotations, positions = {"": np.eye(3)}, {"": np.zeros(3)}
+        for i, name in enumerate(joints):
+            parent, place = parents[name], places[f, i] if name in moved else offsets[name]
+            positions[name] = positions[parent] + rotations[parent] @ place
+            rotations[name] = rotations[parent] @ turn(orders[name], angles[f, i])
+            end = f"{name}End"
+            if end in offsets:
+                positions[end] = positions[name] + rotations[name] @ offsets[end]
+                rotations[end] = rotations[name]
+        for k, name in enumerate(recording.joints):
+            for found, expected in (
+                (recording.positions[f, k], positions[name]),
+                (recording.rotations[f, k], rotations[name]),
+            ):
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
 def test_layout_does_not_matter(tmp_path):

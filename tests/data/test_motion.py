@@ -251,14 +251,12 @@ def test_exchanged_parts_keep_the_legs_the_bones_and_the_heading():
 
 
 def test_exchange_takes_each_part_from_one_donor_turned_about_the_vertical():
-    rng = np.random.default_rng(12)
     receiver, donor = POSES[:1], POSES[-1:]
-    mixed = bodies.exchange_parts(rng, receiver, donor, chance=1.0)[0]
+    mixed = bodies.exchange_parts(np.random.default_rng(12), receiver, donor, chance=1.0)[0]
     # One donor gives trunk and arms, so that the upper body is the donor's but for a turn.
     upper, given = mixed[7:] - mixed[0], donor[0, 7:] - donor[0, 0]
     np.testing.assert_allclose(upper[:, 2], given[:, 2], atol=1e-6)
-    lengths = np.linalg.norm(upper, axis=-1)
-    np.testing.assert_allclose(lengths, np.linalg.norm(given, axis=-1), rtol=1e-6)
+    np.testing.assert_allclose((upper**2).sum(-1), (given**2).sum(-1), rtol=1e-6)
 
     def twist(pose):
         """Angle on the floor from the line of the shoulders to that of the hips."""
