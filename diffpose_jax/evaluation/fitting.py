@@ -154,14 +154,15 @@ def fit_calibration(
 def ambiguous_frames(test: Examples, settings: EvaluationConfig) -> Bool[np.ndarray, " N"]:
     """Marks the ambiguous frames, as `config.evaluation.ambiguous` says.
 
-    By the "rule", those with a joint whose fitted Gaussian is wider than a threshold; as "stored" in
-    the data set; or those that a file names.
+    By the "rule", those with a joint whose fitted Gaussian is wider than a threshold; those
+    "stored" in the data set; or those that a file names.
 
     Raises:
       ConfigError: if the data set has no list of its own, or the file of names does not fit.
     """
     if settings.ambiguous == "rule":
-        is_ambiguous, size = jax.jit(ambiguity.is_ambiguous), settings.batch_size
+        is_ambiguous = jax.jit(ambiguity.is_ambiguous, static_argnums=1)
+        size = settings.batch_size
         marks = [
             is_ambiguous(test.heatmaps(np.resize(rows, size)), settings.ambiguous_sigma_px)
             for rows in test.batches(size)

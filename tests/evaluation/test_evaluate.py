@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import examples, small_model
@@ -24,6 +25,11 @@ WIDE = np.isin(np.arange(NUMBER), (1, 4))
 ALL = np.arange(NUMBER) < 18
 SUBSETS = {"all": ALL, "ambiguous": WIDE, "clear": ALL & ~WIDE, "none": np.zeros(NUMBER, bool)}
 
+
+def regression_inputs(maps):
+    return np.asarray(evaluate.regression_inputs(jnp.asarray(maps)))
+
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -37,7 +43,7 @@ def test_split():
 @pytest.fixture(scope="module")
 def fitted():
     train = examples(1, 40)
-    inputs = np.asarray(evaluate.regression_inputs(train.heatmaps(np.arange(40))))
+    inputs = regression_inputs(train.heatmaps(np.arange(40)))
     how = {"steps": 10, "batch_size": 16, "width": 8, "learning_rate": 1e-3}
     return baselines.fit_baselines(jax.random.key(1), inputs, train.pose_mm, **how)
 
@@ -124,7 +130,7 @@ def test_the_model_is_scored_on_its_own_hypotheses(contents, poses_mm, test_spli
 
 
 def test_the_baselines_are_scored(contents, fitted, test_split):
-    inputs = evaluate.regression_inputs(test_split.heatmaps(np.arange(NUMBER)))
+    inputs = regression_inputs(test_split.heatmaps(np.arange(NUMBER)))
     predicted = {
         "regression": np.float64(baselines.predict(fitted.regression, inputs)),
         "mean_pose": np.float64(fitted.mean_pose_mm),
@@ -181,17 +187,16 @@ def test_frames_outside_of_all_subsets_are_not_drawn(test_split):
 
 
 def test_no_frame(test_split):
+    masks = {"all": np.zeros(NUMBER, bool)}
     with pytest.raises(ValueError, match="no frame is counted"):
         evaluate.evaluate(
-            *(KEY, small_model(), None, test_split, {"all": np.zeros(NUMBER, bool)}),
-            num_hypotheses=(1,),
-            batch_size=1,
+            KEY, small_model(), None, test_split, masks, num_hypotheses=(1,), batch_size=1
         )
 
 
 def test_regression_inputs(test_split):
     maps = test_split.heatmaps(np.arange(NUMBER))
-    inputs = np.asarray(evaluate.regression_inputs(maps))
+    inputs = regression_inputs(maps)
     flat = maps.reshape(NUMBER, 16, -1)
     row, column = np.divmod(flat.argmax(-1), 64)
     np.testing.assert_allclose(inputs[..., 0], (column - 32) / 32, atol=1e-6)

@@ -1,6 +1,7 @@
 """Baselines and calibrations are fitted once and kept; which frames are ambiguous."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -23,25 +24,6 @@ HELD_OUT = dataclasses.replace(examples(5, 40), clips=np.repeat(["short", "long"
 
 def not_read():
     raise AssertionError("the training split was read")
-
-
-def holding_out(**changes):
-    """`small_model`, whose training held recordings out."""
-    config = small_model().config
-    data = dataclasses.replace(config.data, calibration_share=0.5)
-    config = dataclasses.replace(config, data=data)
-    return dataclasses.replace(small_model(), config=config, **changes)
-
-
-class Fit:
-    """Stands for what fits: each time something else, by the number of times."""
-
-    def __init__(self, make):
-        self.make, self.times = make, 0
-
-    def __call__(self, *_, **__):
-        self.times += 1
-        return self.make(float(self.times))
 
 
 def fitted_baselines(value):
@@ -71,33 +53,39 @@ def calibration_of(
     params=None,
     **settings,
 ):
-    """By which fit it is."""
+    """By which fit it is; of a model whose training held recordings out."""
     model = small_model()
-    model = holding_out(default_solver=model.parse_solver(solver), params=params or model.params)
+    data = dataclasses.replace(model.config.data, calibration_share=0.5)
+    model = dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, data=data),
+        default_solver=model.parse_solver(solver),
+        params=params or model.params,
+    )
     changed = dataclasses.replace(SETTINGS, **settings)
     return fitting.radius_calibration(KEY, train, model, changed, fitted_on, folders).factor[0]
 
 
 @pytest.fixture(params=["baselines", "calibration"])
 def fitter(request, monkeypatch):
-    """What reads or fits, the `Fit`, and the name of the file."""
-    if request.param == "baselines":
-        fit = Fit(fitted_baselines)
-        monkeypatch.setattr(baselines, "fit_baselines", fit)
-        return baselines_of, fit, fitting.BASELINES
-    fit = Fit(fitted_calibration)
-    monkeypatch.setattr(fitting, "fit_calibration", fit)
-    return calibration_of, fit, calibration.CALIBRATIONS
+    """What reads or fits, and the name of its file; each fit gives a number more."""
+    times = itertools.count(1)
+    fits = {
+        "baselines": (baselines, fitted_baselines, baselines_of, "baselines.npz"),
+        "calibration": (fitting, fitted_calibration, calibration_of, "calibration.json"),
+    }
+    module, make, of, name = fits[request.param]
+    monkeypatch.setattr(module, f"fit_{request.param}", lambda *_, **__: make(float(next(times))))
+    return of, name
 
 
 def test_they_are_fitted_once_and_read_again(fitter, tmp_path, caplog):
     """And found in the checkpoint's folder, too."""
     run, output = tmp_path / "run", tmp_path / "output"
-    of, fit, name = fitter
+    of, name = fitter
     assert of((run, run)) == 1
     assert of((run, run), train=not_read) == 1
     assert of((output, run), train=not_read) == 1
-    assert fit.times == 1
     assert [path.name for path in run.iterdir()] == [name]
     assert not output.exists()
     assert not caplog.records
@@ -118,7 +106,7 @@ def test_they_are_fitted_once_and_read_again(fitter, tmp_path, caplog):
 )
 def test_they_are_fitted_anew_for_other_settings_or_data(fitter, tmp_path, caplog, change, message):
     run, output = tmp_path / "run", tmp_path / "output"
-    of, _, name = fitter
+    of, name = fitter
     assert of((run, run)) == 1
     assert of((output, run), **change) == 2
     assert re.search(rf"{name} was fitted under other conditions \({message}\)", caplog.text)

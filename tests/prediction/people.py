@@ -1,24 +1,30 @@
 """Pictures of people whose joints are squares of 16 colours, and a detector of colours."""
 
+import dataclasses
+
 import numpy as np
+
+from diffpose_jax.detectors import Detector
 
 GREY = 128
 COLOURS = np.array([[r, g, b] for r in (0, 255) for g in (0, 120, 240) for b in (0, 110, 255)])
 COLOURS = COLOURS[1:17]  # without black, which is around a picture
 
 
-class ColourDetector:
+@dataclasses.dataclass(frozen=True, eq=False)
+class ColourDetector(Detector):
     """Sees a colour where at least six pixels of its crop have it."""
 
-    input_px = 160
-
-    def __init__(self):
-        self.looks = 0
+    network: None = None
+    params: None = None
+    input_px: int = 160
+    fingerprint: str = "colours"
+    looks: list = dataclasses.field(default_factory=list)
 
     def heatmaps(self, crops):
         assert crops.dtype == np.uint8
         assert crops.shape[1:] == (160, 160, 3)
-        self.looks += len(crops)
+        self.looks.extend(crops)
         return np.stack([[self.heatmap(crop, colour) for colour in COLOURS] for crop in crops])
 
     def heatmap(self, crop, colour):
