@@ -115,7 +115,7 @@ def decode_blobs(data: bytes) -> Float32[np.ndarray, "16 R 5"]:
 class Motion(tfds.core.GeneratorBasedBuilder):
     """Poses from motion capture with simulated heatmaps of a 2D detector."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, config: MotionConfig, data_dir: str | Path | None = None) -> None:
         self._motion = config
