@@ -29,7 +29,7 @@ from diffpose_jax.config import Config
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
-from diffpose_jax.io.trees import CheckpointError
+from diffpose_jax.io import trees
 from diffpose_jax.method import network as network_lib
 
 TORCH = flags.DEFINE_string("torch", None, "PyTorch file to read.")
@@ -54,8 +54,7 @@ def convert(path: Path, output: Path, weights: str, config: Config) -> tuple[str
       CheckpointError: if the output is there already.
       WeightsError: if the file does not hold such weights; the message names it.
     """
-    if output.exists():
-        raise CheckpointError(f"{output} is there already: choose another or remove it")
+    trees.check_new(output)
     content = torch_weights.read_file(path)
     try:
         # The file that was fine-tuned on Human3.6M keeps the network's tensors under `net`.
@@ -91,8 +90,7 @@ def convert_efficientpose(source: str, output: Path) -> None:
       CheckpointError: if the output is there already.
       WeightsError: if the file is another, or the package cannot be had.
     """
-    if output.exists():
-        raise CheckpointError(f"{output} is there already: choose another or remove it")
+    trees.check_new(output)
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = efficientpose.download(folder) if source == "download" else Path(source)

@@ -199,7 +199,7 @@ def motions() -> Target:
 
 
 @target
-def pictures_() -> Target:
+def images() -> Target:
     gradient = np.uint8(np.add.outer(np.arange(24) * 4, np.arange(40) * 3)[..., None] + [0, 20, 40])
     image, exif = Image.fromarray(gradient), Image.Exif()
     exif[0x0112] = 6

@@ -90,8 +90,7 @@ def save(folder: str | Path, network: str, params: Mapping[str, Any]) -> None:
       CheckpointError: if the folder is there already.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder} is there already: choose another or remove it")
+    trees.check_new(folder)
     trees.save_tree(folder / _WEIGHTS, dict(params))
     # Last: where this file is, the weights are whole.
     files.write_json(folder / _METADATA, {"format": FORMAT, "network": network})

@@ -59,7 +59,6 @@ _BACKBONE = (
     (144, 32, 3, 2), (192, 32, 3, 1), (192, 32, 3, 1), (192, 32, 3, 1),
     (192, 56, 5, 2), (336, 56, 5, 1), (336, 56, 5, 1), (336, 56, 5, 1),
 )  # fmt: skip
-_PASSES = ("skeleton", "detection1", "detection2")
 _LAST = "pass3_detection2_confs"
 _CHANNELS = (12, 11, 10, 13, 14, 15, 9, 5, 1, 0, 4, 3, 2, 6, 7, 8)  # of the joints in MPII order
 
@@ -132,7 +131,7 @@ class EfficientPose(nn.Module):
             y = MBConv(*block, dtype=self.dtype, name=f"blocks_{i}")(x)
             x = x + y if x.shape == y.shape else y
         features = x
-        for number, kind in enumerate(_PASSES, start=1):
+        for number, kind in enumerate(("skeleton", "detection1", "detection2"), start=1):
             if number > 1:
                 x = jnp.concatenate([x, features], axis=-1)
             first = self._dense(x, f"pass{number}_block1_mbconv{{}}_{kind}")

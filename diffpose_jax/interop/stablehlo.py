@@ -28,8 +28,7 @@ from jax import export as jax_export
 
 from diffpose_jax.config import ConfigError
 from diffpose_jax.inference import Model
-from diffpose_jax.io import extras, files
-from diffpose_jax.io.trees import CheckpointError
+from diffpose_jax.io import extras, files, trees
 from diffpose_jax.method.sampling import Steps
 from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, MPII_JOINTS, NUM_HEATMAPS
 
@@ -78,8 +77,7 @@ def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:
 def write(directory: str | Path, contents: dict[str, bytes]) -> None:
     """Writes what `build` gave as a new folder: whole or not at all."""
     directory = Path(directory)
-    if directory.exists():
-        raise CheckpointError(f"{directory} is there already: choose another or remove it")
+    trees.check_new(directory)
     beside = directory.with_name(f".{directory.name}.{os.getpid()}.part")
     try:
         for name, content in contents.items():

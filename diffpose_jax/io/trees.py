@@ -31,6 +31,12 @@ class DamagedError(CheckpointError):
     """A file of a checkpoint cannot be read, or its content is not what was written."""
 
 
+def check_new(directory: Path) -> None:
+    """Raises CheckpointError if there is something already."""
+    if directory.exists():
+        raise CheckpointError(f"{directory} is there already: choose another or remove it")
+
+
 def save_tree(directory: str | Path, tree: dict[str, Any]) -> None:
     """Writes a nested dictionary of arrays, in place of what was there."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -65,7 +71,9 @@ def restore(folder: Path, items: dict[str, Any]) -> Mapping[str, Any]:
             composite_options=ocp.CompositeOptions(multiprocessing_options=alone())
         )
         with ocp.Checkpointer(handler, multiprocessing_options=alone()) as checkpointer:
-            return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**items))
+            return dict(
+                checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**items)).items()
+            )
     except Exception as error:  # for a damaged array Orbax raises a bare one
         raise _unreadable(folder, ", ".join(items), error) from error
 
@@ -79,12 +87,12 @@ def alone() -> ocp.options.MultiprocessingOptions:
 def misfits(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> str:
     """What is wrong with arrays by their names and the shapes wanted; empty if nothing is."""
     problems = [
-        f"{name} is {np.shape(found[name])}, not {shape}"
+        f"{name:.100} is {np.shape(found[name])}, not {shape}"
         for name, shape in wanted.items()
         if name in found and np.shape(found[name]) != shape
     ]
-    problems += [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    problems += [f"{name:.100} is missing" for name in wanted if name not in found]
+    problems += [f"{name:.100} is unknown" for name in found if name not in wanted]
     more = len(problems) - _MOST_NAMED
     return "; ".join(problems[:_MOST_NAMED] + [f"and {more} more"] * (more > 0))
 
