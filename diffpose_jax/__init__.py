@@ -5,7 +5,8 @@ poses_mm = model.sample(jax.random.key(0), heatmaps)  # (B, 16, 64, 64) -> (B, 2
 """
 
 from diffpose_jax._version import __version__
-from diffpose_jax.inference import Draw, Model, export, load
+from diffpose_jax.inference import Model, export, load
 from diffpose_jax.io.trees import CheckpointError
+from diffpose_jax.method.network import Draw
 
 __all__ = ["CheckpointError", "Draw", "Model", "__version__", "export", "load"]

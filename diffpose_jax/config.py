@@ -112,11 +112,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         most = (1 << 31) - 1  # steps are counted in 32 bits
-        positive = ("num_steps", "batch_size", "draws_per_image", "ema_every")
-        positive += ("steps_per_dispatch", "checkpoint_every", "keep_checkpoints")
+        positive = "num_steps batch_size draws_per_image ema_every steps_per_dispatch"
+        positive += " checkpoint_every keep_checkpoints"
         check_range(
             self,
-            **dict.fromkeys(positive, (1, most)),
+            **dict.fromkeys(positive.split(), (1, most)),
             learning_rate=(1e-12, 1e30),
             warmup_steps=(0, self.num_steps - 1),
             ema_decay=(0, 1 - 1e-9),
@@ -307,11 +307,3 @@ def with_new_names(fields: Any, prefix: str = "") -> Any:
         new = RENAMED.get(f"{prefix}{name}", f"{prefix}{name}").rpartition(".")[2]
         renamed[new] = with_new_names(value, f"{prefix}{name}.")
     return renamed
-
-
-def call(function: Any, config: Any, where: str) -> Any:
-    """TEMPORARY, goes with the old `build` functions."""
-    try:
-        return function(**config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

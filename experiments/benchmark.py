@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags
@@ -40,15 +39,18 @@ from jax import Array
 import experiments
 from configs import h36m
 from diffpose_jax import config as config_lib
+from diffpose_jax.config import Config, ModelConfig
 from diffpose_jax.data import motion, pipeline, prepared, simulator
-from diffpose_jax.data.prepared import Part
 from diffpose_jax.detectors import efficientpose, hrnet
 from diffpose_jax.evaluation import metrics
+from diffpose_jax.inference import Model
 from diffpose_jax.io import files
-from diffpose_jax.method import diffusion
-from diffpose_jax.method import network as model_lib
+from diffpose_jax.method import network as network_lib
+from diffpose_jax.method.network import DiffPose
+from diffpose_jax.method.pose_vector import POSE_SIZE
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
-from diffpose_jax.training import step as training
+from diffpose_jax.training import loop
+from diffpose_jax.training.step import Trainer
 
 PARTS = flags.DEFINE_list(
     "parts", ["sample", "train", "metrics", "data", "detector"], "What to measure."
@@ -139,7 +141,7 @@ def bytes_per_second() -> float:
     return 2 * x.nbytes / float(np.median(times[1:]))
 
 
-def condition_products(config: ml_collections.ConfigDict, images: int) -> list[Product]:
+def condition_products(config: ModelConfig, images: int) -> list[Product]:
     """The encoder's, from histograms to projected conditions."""
     width, tokens = 2 * config.num_kernels, images * NUM_HEATMAPS
     layer = [
@@ -156,9 +158,9 @@ def condition_products(config: ml_collections.ConfigDict, images: int) -> list[P
     ]
 
 
-def denoiser_products(config: ml_collections.ConfigDict, poses: int) -> list[Product]:
+def denoiser_products(config: ModelConfig, poses: int) -> list[Product]:
     """The denoiser's, of one step."""
-    width, size = config.denoiser_width, model_lib.POSE_SIZE
+    width, size = config.denoiser_width, POSE_SIZE
     blocks = 2 * config.denoiser_blocks * [(poses, width, width)]
     return [(poses, size + 1, width), *blocks, (poses, width, size)]
 
@@ -174,20 +176,22 @@ def total_seconds(products: list[Product], dtype: str) -> float:
     return sum(product_seconds(product, dtype) for product in products)
 
 
-def _full_size(dtype: str) -> tuple[ml_collections.ConfigDict, model_lib.DiffPose]:
-    config = h36m.get_config()
-    config.model.matmul_dtype = dtype
-    return config, config_lib.call(model_lib.build, config.model, "config.model")
+def _full_size(dtype: str, batch_size: int = _BATCH_SIZE) -> tuple[Config, DiffPose]:
+    fields = h36m.get_config()
+    fields.model.matmul_dtype = dtype
+    fields.training.batch_size = batch_size
+    config = config_lib.from_dict(fields)
+    return config, network_lib.build(config.model)
 
 
 def sample() -> None:
     """Sampling at full size."""
     rng, key = np.random.default_rng(0), jax.random.key(0)
     is_cpu = jax.default_backend() == "cpu"
-    most_per_pass = model_lib.PER_PASS_ON_CPU if is_cpu else model_lib.PER_PASS
+    most_per_pass = network_lib.PER_PASS_ON_CPU if is_cpu else network_lib.PER_PASS
     for dtype in DTYPES.value:
         config, network = _full_size(dtype)
-        model = model_lib.Model(network, network.init(key), config)
+        model = Model(network, network.init(key), config)
         for size in SIZES.value:
             images, number = map(int, size.split("x"))
             shape = (images, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
@@ -195,7 +199,7 @@ def sample() -> None:
             for solver in SOLVERS.value:
                 call = functools.partial(model.sample, key, maps, number, solver)
                 compiling, seconds = compile_and_median_seconds(call, 5)
-                steps = diffusion.reverse_steps(network.schedule, solver).num_steps
+                steps = len(model.parse_solver(solver))
                 per_pass = min(most_per_pass, images * number)
                 passes = images * number / per_pass
                 floor = total_seconds(condition_products(config.model, images), dtype)
@@ -206,38 +210,38 @@ def sample() -> None:
         report(part="sample", dtype=dtype, **_errors(key, model, rng))
 
 
-def _errors(key: Array, model: model_lib.Model, rng: np.random.Generator) -> dict[str, float]:
+def _errors(key: Array, model: Model, rng: np.random.Generator) -> dict[str, float]:
     """How far the noise that is predicted is from that of exact products, over its deviation."""
     network, poses = model.network, 1_000
-    x_t = jnp.asarray(rng.standard_normal((poses, model_lib.POSE_SIZE)), jnp.float32)
+    x_t = jnp.asarray(rng.standard_normal((poses, POSE_SIZE)), jnp.float32)
     t = jnp.asarray(rng.integers(0, network.schedule.num_steps, poses))
     projected = jnp.zeros((poses, network.denoiser.width))
-    eps = jax.jit(network.denoise)(model.params, x_t, t, projected)
+    eps = jax.jit(network.predict_noise)(model.params, x_t, t, projected)
     _, exact = _full_size("float32")
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(exact.denoise)(model.params, x_t, t, projected)
+        expected = jax.jit(exact.predict_noise)(model.params, x_t, t, projected)
     error = jnp.sqrt(jnp.mean(jnp.square(eps - expected)))
     return {"denoiser_error_over_std": float(error / jnp.std(expected))}
 
 
-def _synthetic_examples(number: int) -> pipeline.HeldData:
+def _synthetic_examples(number: int) -> pipeline.TrainingArrays:
     rng = np.random.default_rng(0)
     maps = np.zeros((number, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE), np.float16)
     for chunk in np.array_split(np.arange(number), max(1, number // 256)):
         maps[chunk] = rng.random((len(chunk), *maps.shape[1:]), np.float32)
     pose_mm = 300 * rng.standard_normal((number, NUM_JOINTS, 3)).astype(np.float32)
-    return pipeline.HeldData(pose_mm, pipeline.HeatmapsInMemory(maps))
+    return pipeline.TrainingArrays(pose_mm, maps)
 
 
 def train() -> None:
     """Training at full size."""
     is_cpu = jax.default_backend() == "cpu"
     sizes = [int(size) for size in BATCH_SIZES.value] or ([64] if is_cpu else [64, 4096])
-    held = _synthetic_examples(1_024 if is_cpu else 8_192)
+    arrays = _synthetic_examples(1_024 if is_cpu else 8_192)
     for dtype in DTYPES.value:
         for batch_size in sizes:
             steps = 10 if is_cpu else max(10, 12_800 // batch_size)
-            compiling, seconds = _step_seconds(dtype, batch_size, steps, held)
+            compiling, seconds = _step_seconds(dtype, batch_size, steps, arrays)
             products, traffic = _train_floor(dtype, batch_size)
             what = {"batch": batch_size, "floor_products": products, "floor_traffic": traffic}
             floor = products + traffic
@@ -245,14 +249,13 @@ def train() -> None:
 
 
 def _step_seconds(
-    dtype: str, batch_size: int, steps: int, held: pipeline.HeldData
+    dtype: str, batch_size: int, steps: int, arrays: pipeline.TrainingArrays
 ) -> tuple[float, float]:
     """Seconds of the compilation and of a step, as the training program runs it on one device."""
-    config, network = _full_size(dtype)
-    config.training.batch_size = batch_size
-    trainer = training.from_config(network, config.training)
+    config, network = _full_size(dtype, batch_size)
+    trainer = Trainer(network, config.training)
     rng, device = np.random.default_rng(0), jax.local_devices()[:1]
-    number = len(held.pose_mm)
+    number = len(arrays.pose_mm)
 
     def selections() -> Iterator[pipeline.Selection]:
         while True:
@@ -261,7 +264,7 @@ def _step_seconds(
 
     key = jax.random.key(0)
     state = jax.jit(trainer.init)(key)
-    dispatches = training.run(trainer, state, key, selections(), device, held)
+    dispatches = loop.run(trainer, state, key, selections(), device, arrays)
     compiling, seconds = compile_and_median_seconds(lambda: next(dispatches)[0], 5)
     return compiling, seconds / steps
 
@@ -288,11 +291,8 @@ def measure_metrics() -> None:
     truth = 300 * rng.standard_normal((frames, NUM_JOINTS, 3)).astype(np.float32)
     noise = 100 * rng.standard_normal((frames, number, NUM_JOINTS, 3)).astype(np.float32)
     hypotheses_mm, truth_mm = jnp.asarray(truth[:, None] + noise), jnp.asarray(truth)
-    compute = jax.jit(metrics.MetricSums.compute)
-    weights = jnp.ones(frames, bool)
-    compiling, seconds = compile_and_median_seconds(
-        lambda: compute(hypotheses_mm, truth_mm, weights), 5
-    )
+    compute = jax.jit(metrics.per_frame_metrics)
+    compiling, seconds = compile_and_median_seconds(lambda: compute(hypotheses_mm, truth_mm), 5)
     # The energy score's distances between hypotheses outweigh all else: a square root and eight
     # other operations for each joint of each pair.
     pairs = frames * NUM_JOINTS * number * (number - 1) / 2
@@ -323,10 +323,10 @@ class SyntheticDetections(prepared.DetectionsBuilder):
         """The features beside heatmaps."""
         return {"pose_mm": prepared.POSE, "frame": tfds.features.Scalar(np.int32)}
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[prepared.Part]:
         """Pieces of 1,000 examples."""
         return [
-            Part(f"part_{start:06d}", "train", functools.partial(_read_part, start))
+            prepared.Part(f"part_{start:06d}", "train", functools.partial(_read_part, start))
             for start in range(0, EXAMPLES.value, 1_000)
         ]
 
@@ -378,18 +378,14 @@ def detector() -> None:
     """Images a second of both detectors, on crops of the size that each reads."""
     batch = 2 if jax.default_backend() == "cpu" else 64
     networks = {
-        "hrnet_w32": (hrnet.HRNet(), hrnet.preprocess, 256),
-        "efficientpose_ii_lite": (
-            efficientpose.EfficientPose(),
-            efficientpose.preprocess,
-            efficientpose.INPUT_PX,
-        ),
+        "hrnet_w32": (hrnet.HRNet(), hrnet.INPUT_PX),
+        "efficientpose_ii_lite": (efficientpose.EfficientPose(), efficientpose.INPUT_PX),
     }
-    for name, (network, preprocess, input_px) in networks.items():
-        crops = np.random.default_rng(0).integers(0, 256, (batch, input_px, input_px, 3), np.uint8)
-        images = preprocess(jax.numpy.asarray(crops))
-        params = jax.jit(network.init)(jax.random.key(0), images)
-        seconds = median_seconds(functools.partial(jax.jit(network.apply), params, images), 5)
+    for name, (network, input_px) in networks.items():
+        rng = np.random.default_rng(0)
+        crops = jnp.asarray(rng.integers(0, 256, (batch, input_px, input_px, 3), np.uint8))
+        params = jax.jit(network.init)(jax.random.key(0), crops)
+        seconds = median_seconds(functools.partial(jax.jit(network.apply), params, crops), 5)
         report(part="detector", network=name, batch=batch, images_per_second=batch / seconds)
 
 

@@ -163,8 +163,8 @@ def _summary(folder: Path, found: Detection, predicted: Prediction) -> str:
     """What a terminal says of a person."""
     chosen = predicted.chosen
     lines = [
-        f"{folder}: {len(predicted.draw.poses_mm)} hypotheses, {chosen.name}, {100 * chosen.level:g}%"
-        f" radius {np.median(chosen.radius_mm[1:]):.0f} mm (median of the joints)",
+        f"{folder}: {len(predicted.draw.poses_mm)} hypotheses, {chosen.name},"
+        f" {chosen.level:.0%} radius {np.median(chosen.radius_mm[1:]):.0f} mm (joints' median)",
         f"  radius: {chosen.meaning}",
     ]
     unseen = [name for name, seen in zip(MPII_JOINTS, found.is_found, strict=True) if not seen]

@@ -11,7 +11,7 @@ os.environ["PYTHONWARNINGS"] = "error,ignore::DeprecationWarning"
 if os.environ.get("DIFFPOSE_TYPECHECK"):
     from jaxtyping import install_import_hook
 
-    install_import_hook("diffpose_jax", "beartype.beartype")
+    install_import_hook("diffpose_jax", "typechecking.check")
 
 import jax
 import pytest

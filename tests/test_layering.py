@@ -26,7 +26,7 @@ LAYERS = [
     "prediction",
     "",
 ]
-"""Top-level modules and folders, earlier ones first; "" is the package itself, what users import."""
+"""Top-level modules and folders, earlier ones first; "" is what users import."""
 
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split(" ")}
 

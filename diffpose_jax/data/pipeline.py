@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key, Shaped
+from jaxtyping import Bool, Float, Integer, Key, Shaped
 from tqdm import tqdm
 
 from diffpose_jax import distributed
@@ -53,7 +53,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.pose_mm)
 
-    def select(self, rows: Int[np.ndarray, " n"]) -> Examples:
+    def select(self, rows: Integer[np.ndarray, " n"]) -> Examples:
         """The examples of some rows, in their order."""
         return Examples(
             pose_mm=self.pose_mm[rows],
@@ -143,7 +143,7 @@ def _load_motion(config: DataConfig, split: str, data_dir: str | Path | None) ->
         pose_mm=columns["pose_mm"],
         clips=columns["clip"],
         names=_joined(columns["clip"], columns["frame"]),
-        heatmaps=lambda rows: simulator.render(blobs[rows]),
+        heatmaps=lambda rows: np.asarray(simulator.render(blobs[rows])),
         groups={"clip": columns["clip"]},
         fingerprint=prepared.fingerprint(builder.data_dir),
     )
@@ -199,8 +199,8 @@ class Selection:
       offsets: where among its predrawn candidates each begins.
     """
 
-    rows: Int[Array | np.ndarray, "*shape"]
-    offsets: Int[Array | np.ndarray, "*shape"]
+    rows: Integer[Array | np.ndarray, "*shape"]
+    offsets: Integer[Array | np.ndarray, "*shape"]
 
 
 @flax.struct.dataclass

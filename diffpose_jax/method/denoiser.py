@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from diffpose_jax.method.pose_vector import POSE_SIZE
 
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
     def __call__(
         self,
         x_t: Float[Array, "*batch N"],
-        t: Int[Array, "*batch"],
+        t: Integer[Array, "*batch"],
         projected: Float[Array, "*#batch W"],
     ) -> Float[Array, "*batch N"]:
         """Predicts the noise eps in x_t; the network sees the raw integer t."""

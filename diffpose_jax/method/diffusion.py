@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def cosine_schedule(
     return Schedule(np.clip(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.0, max_beta))
 
 
-def _at(values: np.ndarray, t: Int[Array, "*batch"], x: Array) -> Float[Array, "*batch 1"]:
+def _at(values: np.ndarray, t: Integer[Array, "*batch"], x: Array) -> Float[Array, "*batch 1"]:
     """Values (T,) at times t, shaped to scale x (..., N)."""
     return jnp.asarray(values, x.dtype)[t][..., None]
 
@@ -100,7 +100,7 @@ def _at(values: np.ndarray, t: Int[Array, "*batch"], x: Array) -> Float[Array, "
 def q_sample(
     schedule: Schedule,
     x_0: Float[Array, "*batch N"],
-    t: Int[Array, "*batch"],
+    t: Integer[Array, "*batch"],
     noise: Float[Array, "*batch N"],
 ) -> Float[Array, "*batch N"]:
     """Noises x_0 to time t (Ho et al. Eq. 4): x_t."""
@@ -113,7 +113,7 @@ def q_sample(
 def predict_x_0(
     schedule: Schedule,
     x_t: Float[Array, "*batch N"],
-    t: Int[Array, "*batch"],
+    t: Integer[Array, "*batch"],
     eps: Float[Array, "*batch N"],
     clip: float,
 ) -> Float[Array, "*batch N"]:
@@ -131,7 +131,7 @@ def predict_x_0(
 
 def draw_time_and_noise(
     key: Array, schedule: Schedule, shape: tuple[int, ...]
-) -> tuple[Int[Array, "*batch"], Float[Array, "*batch N"]]:
+) -> tuple[Integer[Array, "*batch"], Float[Array, "*batch N"]]:
     """Times uniform on 0..T-1 with shape[:-1] and standard normal noise with shape."""
     time_key, noise_key = jax.random.split(key)
     t = jax.random.randint(time_key, shape[:-1], 0, schedule.num_steps)
@@ -142,7 +142,7 @@ def noise_prediction_loss(
     predict_noise: Callable[[Array, Array], Array],
     schedule: Schedule,
     x_0: Float[Array, "*batch N"],
-    t: Int[Array, "*batch"],
+    t: Integer[Array, "*batch"],
     noise: Float[Array, "*batch N"],
 ) -> Float[Array, ""]:
     """Mean squared error of the predicted noise eps(x_t, t), over all axes (Ho et al. Eq. 14)."""

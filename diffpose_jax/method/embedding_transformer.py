@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from diffpose_jax.method.channel_embedding import channel_embedding
 from diffpose_jax.method.heatmaps import Candidates
@@ -148,11 +148,12 @@ class EmbeddingTransformer(nn.Module):
             # The layer is linear: applied to the sum, with the bias counted once a candidate.
             linear = nn.Dense(width, use_bias=False, dtype=self.dtype, name="cross_spatial")
             bias = self.param("cross_spatial_bias", nn.initializers.zeros, (width,))
-            embedding = linear(embedding) + _over(cells.shape[-2] * bias, embedding)
+            bias = jnp.broadcast_to(cells.shape[-2] * bias, embedding.shape)
+            embedding = linear(embedding) + bias
         joints = self.param(
             "joint_embedding", nn.initializers.normal(1.0), (embedding.shape[-2], width)
         )
-        tokens = embedding + _over(joints, embedding)
+        tokens = embedding + jnp.broadcast_to(joints, embedding.shape)
 
         for layer in range(self.num_layers):
             tokens = EncoderLayer(
@@ -168,7 +169,7 @@ class EmbeddingTransformer(nn.Module):
 
 @functools.partial(jnp.vectorize, signature="(s,j),(s,j)->(j,a,i)")
 def axis_histograms(
-    cells: Int[Array, "*batch S J"], weight: Float[Array, "*batch S J"]
+    cells: Integer[Array, "*batch S J"], weight: Float[Array, "*batch S J"]
 ) -> Float[Array, "*batch J 2 64"]:
     """Sums the candidates' weights over the columns, and over the rows, of the heatmap.
 
@@ -210,12 +211,7 @@ def _standardised(
     """
     share = jnp.sum(counts, axis=-3)
     share = share / jnp.sum(share, axis=-1, keepdims=True)
-    grid = _over(grid, share)
+    grid = jnp.broadcast_to(grid, share.shape)
     centred = grid - jnp.sum(share * grid, axis=-1, keepdims=True)
     variance = jnp.sum(share * jnp.square(centred), axis=-1, keepdims=True)
     return centred / jnp.sqrt(jnp.maximum(variance, 1e-12))
-
-
-def _over(values: Array, like: Array) -> Array:
-    """Values with leading axes of length one, up to the rank of `like`."""
-    return values.reshape((1,) * (like.ndim - values.ndim) + values.shape)

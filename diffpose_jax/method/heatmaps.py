@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Integer, Num
 
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 MAPS_SHAPE = (NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
+AnyArray = Any
+"""What a field of a pytree holds: a JAX or NumPy array, or its shape under `jax.eval_shape`."""
 _BLOCK = 8
 """Cells of a row whose weights are summed beforehand, see `sample_cells`."""
 
@@ -36,8 +39,8 @@ class Candidates:
       likelihood: the heatmap's height at the candidate's cell, or its probability.
     """
 
-    cells: Int[Array | np.ndarray, "*batch S J"]
-    likelihood: Float[Array | np.ndarray, "*batch S J"]
+    cells: Integer[AnyArray, "*batch S J"]
+    likelihood: Float[AnyArray, "*batch S J"]
 
     @property
     def xy(self) -> Float[Array, "*batch S J 2"]:
@@ -45,13 +48,13 @@ class Candidates:
         return cell_coordinates(jnp.asarray(self.cells))
 
 
-def cell_coordinates(cells: Int[Array, "*shape"]) -> Float[Array, "*shape 2"]:
+def cell_coordinates(cells: Integer[Array, "*shape"]) -> Float[Array, "*shape 2"]:
     """Flat cell indices to coordinates (x, y) in [-1, 1)."""
     column_row = jnp.stack([cells % HEATMAP_SIZE, cells // HEATMAP_SIZE], axis=-1)
     return (2.0 / HEATMAP_SIZE) * column_row.astype(jnp.float32) - 1.0
 
 
-def coordinate_cells(xy: Float[Array, "*shape 2"]) -> Int[Array, "*shape"]:
+def coordinate_cells(xy: Float[Array, "*shape 2"]) -> Integer[Array, "*shape"]:
     """The inverse of `cell_coordinates`, to the nearest cell."""
     column_row = jnp.round((xy + 1.0) * (HEATMAP_SIZE / 2)).astype(jnp.int32)
     column_row = jnp.clip(column_row, 0, HEATMAP_SIZE - 1)
@@ -86,7 +89,7 @@ def check(heatmaps: Array | np.ndarray) -> Float[np.ndarray, "B J H W"]:
     return heatmaps
 
 
-def argmax_cells(heatmaps: Num[Array, "*maps H W"]) -> Int[Array, "*maps"]:
+def argmax_cells(heatmaps: Num[Array, "*maps H W"]) -> Integer[Array, "*maps"]:
     """Flat index of each map's highest cell, the first of equals."""
     # By rows first: a maximum is ten times faster to find on a CPU than its place.
     row = jnp.argmax(jnp.max(heatmaps, axis=-1), axis=-1)
@@ -112,7 +115,7 @@ def normalise(heatmaps: Num[Array, "*maps H W"]) -> Float[Array, "*maps H W"]:
 
 def sample_cells(
     key: Array, heatmap: Num[Array, "H W"], num_drawn: int
-) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+) -> tuple[Integer[Array, " S"], Float[Array, " S"]]:
     """Draws cells of one map with replacement, p proportional to max(height, 0).
 
     The inverse transform in three stages, each with a uniform number of its own: the row, a block
@@ -130,7 +133,7 @@ def sample_cells(
     rows = jnp.sum(blocks, axis=1, keepdims=True).T
     flat = jnp.all(rows <= 0)
 
-    def pick(weight: Float[Array, "_ N"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
+    def pick(weight: Float[Array, "_ N"], uniform: Float[Array, " S"]) -> Integer[Array, " S"]:
         """Indices by the inverse transform of weights: one row for all draws, or one for each."""
         size = weight.shape[1]
         # Cumulative sums as a product: ten times faster than a scan.
@@ -194,7 +197,11 @@ class CandidateSampler:
 
     @functools.partial(jax.jit, static_argnames=("self", "num_drawn"))
     def draw_ahead(
-        self, key: Array, rows: Int[Array, " N"], heatmaps: Num[Array, "N J H W"], num_drawn: int
+        self,
+        key: Array,
+        rows: Integer[Array, " N"],
+        heatmaps: Num[Array, "N J H W"],
+        num_drawn: int,
     ) -> PredrawnCandidates:
         """Draws candidates that the steps of a training take parts of.
 
@@ -239,7 +246,9 @@ class PredrawnCandidates:
     include_argmax: bool = flax.struct.field(pytree_node=False)
 
     def take(
-        self, rows: Int[Array | np.ndarray, "*shape"], offsets: Int[Array | np.ndarray, "*shape"]
+        self,
+        rows: Integer[Array | np.ndarray, "*shape"],
+        offsets: Integer[Array | np.ndarray, "*shape"],
     ) -> Candidates:
         """Candidates (..., S, J) of rows of the data set; offsets may be of any size."""
         places = offsets[..., None] + np.arange(self.num_taken).reshape((1,) * rows.ndim + (-1,))

@@ -10,22 +10,23 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Integer, Key
 
 from diffpose_jax.config import ModelConfig
 from diffpose_jax.method import diffusion, sampling
 from diffpose_jax.method.ablation_encoders import CandidateVector, HeatmapResNet
 from diffpose_jax.method.denoiser import Denoiser
 from diffpose_jax.method.embedding_transformer import EmbeddingTransformer
-from diffpose_jax.method.heatmaps import MAPS_SHAPE, Candidates, CandidateSampler
+from diffpose_jax.method.heatmaps import MAPS_SHAPE, AnyArray, Candidates, CandidateSampler
 from diffpose_jax.method.pose_vector import POSE_SIZE, vector_to_pose
 
 Params = Mapping[str, Any]
 
 Encoder = EmbeddingTransformer | CandidateVector | HeatmapResNet
-EncoderInput = Candidates | Array
+EncoderInput = Candidates | Array | np.ndarray
 """What an encoder reads: candidates (..., S, 16), or the heatmaps (..., 16, 64, 64) themselves."""
 
 PER_PASS_ON_CPU, PER_PASS = 200, 64 * 200
@@ -43,7 +44,7 @@ class Draw:
         own; None if the encoder reads the heatmaps themselves.
     """
 
-    poses_mm: Float[Array, "*B M 17 3"]
+    poses_mm: Float[AnyArray, "*B M 17 3"]
     candidates: Candidates | None
 
 
@@ -123,7 +124,7 @@ class DiffPose:
         self,
         params: Params,
         x_t: Float[Array, "*batch 48"],
-        t: Int[Array, "*batch"],
+        t: Integer[Array, "*batch"],
         projected: Float[Array, "*#batch W"],
     ) -> Float[Array, "*batch 48"]:
         """The denoiser's eps(x_t, t, c), from the projected condition."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Integer, Key
 
 from diffpose_jax.config import ConfigError
 from diffpose_jax.method.diffusion import Schedule
@@ -38,7 +38,7 @@ class Steps:
     """
 
     name: str = flax.struct.field(pytree_node=False)
-    times: Int[Array | np.ndarray, "*N"]
+    times: Integer[Array | np.ndarray, "*N"]
     x_t: Float[Array | np.ndarray, "*N"]
     x_0: Float[Array | np.ndarray, "*N"]
     last_x_0: Float[Array | np.ndarray, "*N"]
@@ -125,12 +125,12 @@ def reverse_chain(denoise: Denoise, steps: Steps, noise: Float[Array, "_ N"]) ->
       x_0.
     """
 
-    def step(carry: tuple[Array, Array], inputs: tuple[Steps, Array | None]) -> Any:
+    def step(carry: tuple[Array, Array], inputs: tuple[Steps, Any]) -> Any:
         x_t, last_x_0 = carry
         row, step_noise = inputs
         x_0 = denoise(x_t, jnp.asarray(row.times))
         x = x_t * row.x_t + x_0 * row.x_0 + last_x_0 * row.last_x_0
-        if step_noise is not None:
+        if row.noise is not None:
             x = x + step_noise * row.noise
         return (x, x_0), None
 
@@ -155,7 +155,7 @@ def sample(
 
 
 def in_passes(
-    function: Callable[[Int[Array, " P"]], Any], size: int, count: Array | int, per_pass: int
+    function: Callable[[Integer[Array, " P"]], Any], size: int, count: Array | int, per_pass: int
 ) -> Any:
     """Computes a function of many indices in passes of equally many, in bounded memory.
 

@@ -85,7 +85,7 @@ class Detection:
     image: UInt8[np.ndarray, "P P 3"] | None = None
 
     @property
-    def heights(self) -> Float[np.ndarray, "16"]:
+    def heights(self) -> Float[np.ndarray, 16]:
         """The height of each map's highest cell."""
         return self.heatmaps.max(axis=(1, 2))
 
@@ -99,7 +99,7 @@ class Detection:
         return crops.cells_to_pixels(column_row[None], *self.crop)[0]
 
     @property
-    def is_found(self) -> Bool[np.ndarray, "16"]:
+    def is_found(self) -> Bool[np.ndarray, 16]:
         """Which joints the detector is fairly sure of."""
         return self.heights >= _FOUND
 

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from diffpose_jax.evaluation import calibration
 from diffpose_jax.evaluation.calibration import Calibration, SinglePose
-from diffpose_jax.inference import Draw, Model
+from diffpose_jax.inference import Model
 from diffpose_jax.io import arrays, files
 from diffpose_jax.method import heatmaps as heatmaps_lib
+from diffpose_jax.method.network import Draw
 from diffpose_jax.prediction.finder import Detection, PredictionError
 from diffpose_jax.report import figures, page
 from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
@@ -111,8 +112,9 @@ def predict(
       ValueError: as `Model.draw`.
     """
     drawn = model.draw(key, heatmaps[None], num_hypotheses)
-    is_calibrated = calibrated is not None and calibrated.fits(model.solver.name, num_hypotheses)
-    used = calibrated if is_calibrated else calibration.uncalibrated(LEVEL)
+    used = calibration.uncalibrated(LEVEL)
+    if calibrated is not None and calibrated.fits(model.solver.name, num_hypotheses):
+        used = calibrated
     chosen = calibration.choose(method, drawn.poses_mm, jax.numpy.asarray(heatmaps)[None], used)
     draw, (pose_mm, radius_mm, covariance_mm2) = jax.tree.map(
         lambda x: np.asarray(x)[0], (drawn, chosen)
@@ -121,7 +123,7 @@ def predict(
         draw=draw,
         covariance_mm2=covariance_mm2,
         chosen=SinglePose(pose_mm, radius_mm, used.level, method, used.meaning),
-        is_calibrated=is_calibrated,
+        is_calibrated=used is calibrated,
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax import Array
-from jaxtyping import Bool, Int, Key
+from jaxtyping import Bool, Integer, Key
 from matplotlib.figure import Figure
 
 from diffpose_jax import distributed, inference
@@ -53,7 +53,7 @@ def evaluate_run(
       CheckpointError: if the checkpoint cannot be read, or what was fitted to it.
       ConfigError: for a protocol that does not fit the data set, or an unknown solver.
     """
-    model = inference.load(checkpoint, protocol and protocol.evaluation.weights)
+    model = inference.load(checkpoint, protocol.evaluation.weights if protocol else None)
     config = model.config
     protocol = protocol or config
     settings = protocol.evaluation
@@ -202,7 +202,7 @@ def _single(metrics: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [value] for name, value in metrics.items() if isinstance(value, float)}
 
 
-def report_rows(ambiguous: Bool[np.ndarray, " N"], num_frames: int) -> Int[np.ndarray, " n"]:
+def report_rows(ambiguous: Bool[np.ndarray, " N"], num_frames: int) -> Integer[np.ndarray, " n"]:
     """Frames for the report, evenly spread: half of them ambiguous ones, if there are as many."""
     parts = []
     for subset, count in ((ambiguous, num_frames // 2), (~ambiguous, num_frames - num_frames // 2)):
@@ -215,7 +215,7 @@ def draw_examples(
     key: Key[Array, ""],
     model: Model,
     test: Examples,
-    rows: Int[np.ndarray, " n"],
+    rows: Integer[np.ndarray, " n"],
     names: list[str],
     num_hypotheses: int,
 ) -> list[page.ReportExample]:
@@ -248,7 +248,7 @@ def write_report(
     }
     lines = scalars.read_scalars(run / "metrics.jsonl")
     if lines:
-        steps, losses = ([line[name] for line in lines] for name in ("step", "loss"))
+        steps, losses = (np.array([line[name] for line in lines]) for name in ("step", "loss"))
         curves["Training loss"] = figures.plot_loss(steps, losses)
     saved = [
         (caption, figures.save(figure, folder / f"{_file_name(caption)}.png"))
@@ -258,8 +258,9 @@ def write_report(
         dataclasses.replace(
             example, figure=figures.save(example.figure, folder / f"example_{number}.png")
         )
-        for number, example in enumerate(examples, start=1)
         if isinstance(example.figure, Figure)
+        else example
+        for number, example in enumerate(examples, start=1)
     ]
     page.write_report(
         output / "report.html",

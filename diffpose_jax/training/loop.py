@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from diffpose_jax.training.step import Batch, StepScalars, Trainer, TrainState, 
 _T = TypeVar("_T")
 
 
+@runtime_checkable
 class DeviceData(Protocol):
     """A data set that lies on the devices: a pytree of arrays, the same on each."""
 

@@ -7,14 +7,13 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Integer, Key
 
 from diffpose_jax.config import TrainingConfig
-from diffpose_jax.method.heatmaps import Candidates
+from diffpose_jax.method.heatmaps import AnyArray, Candidates
 from diffpose_jax.method.network import DiffPose, EncoderInput, Params
 from diffpose_jax.method.pose_vector import pose_to_vector
 
@@ -30,7 +29,7 @@ class Batch:
     """
 
     inputs: EncoderInput
-    pose_mm: Float[Array | np.ndarray, "*batch 17 3"]
+    pose_mm: Float[AnyArray, "*batch 17 3"]
 
 
 @flax.struct.dataclass
@@ -46,7 +45,7 @@ class TrainState:
         other types; it halves, and the step is left out, when a gradient overflows.
     """
 
-    step: Int[Array | np.ndarray, ""]
+    step: Integer[AnyArray, ""]
     params: Params
     ema: Params | None
     opt_state: optax.OptState
@@ -62,8 +61,8 @@ class StepScalars:
       grad_norm: Euclidean norm of its gradient, 0 if a loss scale left the step out.
     """
 
-    loss: Float[Array | np.ndarray, "*steps"]
-    grad_norm: Float[Array | np.ndarray, "*steps"]
+    loss: Float[AnyArray, "*steps"]
+    grad_norm: Float[AnyArray, "*steps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +139,7 @@ def train_step(
         candidate_key, loss_key = jax.random.split(key)
         read = image.inputs
         if not isinstance(read, Candidates):
-            read = network.encoder_input(candidate_key, read)
+            read = network.encoder_input(candidate_key, jnp.asarray(read))
         x_0 = pose_to_vector(image.pose_mm, network.pose_scale)
         return network.loss(params, loss_key, read, x_0, config.draws_per_image)
 

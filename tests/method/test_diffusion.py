@@ -75,7 +75,7 @@ def test_moments_of_the_forward_process(t):
     schedule, n = SCHEDULES[0], 200_000
     x_0 = jnp.asarray([[2.0, -3.0]])
     noise = jax.random.normal(jax.random.key(0), (n, 2))
-    x_t = diffusion.q_sample(schedule, x_0, jnp.full((1,), t), noise)
+    x_t = diffusion.q_sample(schedule, jnp.tile(x_0, (n, 1)), jnp.full((n,), t), noise)
     mean, variance = np.array([2.0, -3.0]), 0.0
     for beta in schedule.betas[: t + 1]:
         mean, variance = np.sqrt(1 - beta) * mean, (1 - beta) * variance + beta

@@ -126,7 +126,8 @@ def test_histograms_sum_the_weights_of_each_column_and_row():
     cells = np.int32(samples.cells)
     other = embedding_transformer._histograms_by_comparing
     for image in np.ndindex(cells.shape[:-2]):
-        found = other(cells[image] % 64, cells[image] // 64, np.asarray(samples.likelihood)[image])
+        of_image = jnp.asarray(cells[image])
+        found = other(of_image % 64, of_image // 64, jnp.asarray(samples.likelihood[image]))
         np.testing.assert_allclose(found, histograms[image], rtol=1e-6)
     assert histograms.shape == (B, J, 2, 64)
     expected = np.zeros((B, J, 2, 64))
