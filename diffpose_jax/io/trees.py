@@ -148,5 +148,5 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _unreadable(folder: Path, what: str, error: Exception) -> DamagedError:
-    reason = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0][:500]
     return DamagedError(f"{folder}: cannot read {what}: {reason}")
