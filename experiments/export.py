@@ -4,7 +4,7 @@
     python -m experiments.export --checkpoint runs/quickstart --output DIR --stablehlo
 
 The second writes DIR/stablehlo, too: the sampler as a program for CPU and CUDA that jax runs
-without this package, with an example of how (`diffpose_jax.stablehlo`).
+without this package, with an example of how (`diffpose_jax.interop.stablehlo`).
 """
 
 from __future__ import annotations

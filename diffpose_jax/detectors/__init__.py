@@ -66,8 +66,7 @@ class Detector:
                 f"crops must be (B, {self.input_px}, {self.input_px}, 3) uint8, not"
                 f" {crops.shape} {crops.dtype}{hint}"
             )
-        # Chunks of one shape: bounded memory and a single compilation. A CPU is busy with two
-        # images, and more do not speed it up.
+        # Chunks of one shape: bounded memory, one compilation. Two images keep a CPU busy.
         chunk = 2 if jax.default_backend() == "cpu" else 64
         heatmaps = np.empty((len(crops), NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE), np.float32)
         for start in range(0, len(crops), chunk):
@@ -103,7 +102,7 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
       folder: what `save` wrote.
       input_px: side of the crops that it shall read; by default 256 for HRNet, as it was published
         (the published DiffPose program has 255), and 276 for EfficientPose.
-      dtype: type of the network's products, "float32" or "bfloat16".
+      dtype: of the network's products, "float32" or "bfloat16".
 
     Raises:
       CheckpointError: if the folder is not such a folder, or of another version.

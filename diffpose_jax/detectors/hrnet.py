@@ -158,8 +158,8 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     kernels = {path[:-1]: leaf.shape for path, leaf in leaves.items() if path[-1] == "kernel"}
     wanted: dict[str, tuple[int, ...]] = {}
     for path, (height, width, inputs, outputs) in kernels.items():
-        wanted[f"{'.'.join(path)}.weight"] = (outputs, inputs, height, width)
         wanted |= dict.fromkeys(_vectors(".".join(path)), (outputs,))
+        wanted[f"{'.'.join(path)}.weight"] = (outputs, inputs, height, width)
     if problems := trees.misfits(tensors, wanted):
         raise ValueError(
             f"the weights do not fit HRNet-W32 with 16 joints: {problems}. It reads"

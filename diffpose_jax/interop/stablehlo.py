@@ -33,9 +33,7 @@ from diffpose_jax.method.sampling import Steps
 from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, MPII_JOINTS, NUM_HEATMAPS
 
 FORMAT = "diffpose_jax sampler 1"
-
-PLATFORMS = ("cpu", "cuda")
-"""What the program runs on; it works in larger passes where that is no CPU."""
+PLATFORMS = ("cpu", "cuda")  # it works in larger passes where that is no CPU
 
 
 def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:

@@ -76,12 +76,9 @@ def unused(names: Iterable[str]) -> list[str]:
 def read_file(path: str | Path) -> Any:
     """Reads a PyTorch file: its nested dictionaries, with arrays in place of the tensors.
 
-    An object of any class but tensors is refused, no code of the file runs. What is larger in
-    memory than in the file is refused, too.
-
     Raises:
-      MissingExtraError: without PyTorch.
-      WeightsError: if there is no such file, or if it cannot be read.
+      WeightsError: if there is no such file, if it cannot be read, holds an object of any other
+        class (no code of the file runs), or is larger in memory than on the disk.
     """
     torch = extras.load("torch", "torch")
 
@@ -189,8 +186,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -
 def to_torch(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.ndarray]:
     """Converts parameters to the whole state dict of the published program, float32 arrays.
 
-    Its loading is strict: what the program has but never calls gets neutral values, scale 1 and
-    bias 0 for the BatchNorm of the residual blocks, 0 for `conf_out`.
+    Its loading is strict: what it has but never calls, BatchNorm and `conf_out`, is made neutral.
 
     Raises:
       WeightsError: if they are of an encoder that the published program does not have.

@@ -15,8 +15,7 @@ class FileError(ValueError):
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
     """Writes a file beside its place, then renames it; its folders are made.
 
-    Raises:
-      OSError: names the file, for a full disk or a folder that cannot be written.
+    An OSError, for a full disk or a folder that cannot be written, names the file.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
