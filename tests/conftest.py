@@ -13,6 +13,10 @@ if os.environ.get("DIFFPOSE_TYPECHECK"):
 
     install_import_hook("diffpose_jax", "typechecking.check")
 
+from jaxtyping import install_import_hook
+
+install_import_hook("diffpose_jax", "typechecking.check")
+
 import jax
 import pytest
 from absl import flags

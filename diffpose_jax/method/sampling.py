@@ -155,13 +155,13 @@ def sample(
 
 
 def in_passes(
-    function: Callable[[Integer[Array, " P"]], Any], size: int, count: Array | int, per_pass: int
+    function: Callable[[Integer[Array, " P"]], Any], size: Any, count: Any, per_pass: int
 ) -> Any:
     """Computes a function of many indices in passes of equally many, in bounded memory.
 
     Args:
       function: indices (P,) -> pytree of rows (P, ...), each a function of its index alone.
-      size: R, how many rows there are.
+      size: R, how many rows there are; in an export it may be a symbol.
       count: how many are wanted: the first ones. It may be traced, passes beyond it are not run.
       per_pass: P.
 
