@@ -1,8 +1,9 @@
-"""Predicts poses from pictures of people, or from heatmaps.
+"""Predicts poses from pictures of people, from heatmaps, or from pictures of LSP.
 
     python -m experiments.predict --checkpoint runs/quickstart --detector DIR --image photo.jpg
         --output DIR
     python -m experiments.predict --checkpoint runs/quickstart --heatmaps maps.npy --output DIR
+    python -m experiments.predict --checkpoint runs/quickstart --lsp im00001,im00042 --output DIR
 
 Writes hypotheses.npz (`predict.contents` lists its arrays), poses.png and pose.html, which turns
 in 3D. Of several people (`--box` given several times), pictures (a folder) or heatmaps, each has a
@@ -23,7 +24,9 @@ from absl import app, flags
 
 import experiments
 from diffpose_jax import detectors, inference
+from diffpose_jax.data import prepared
 from diffpose_jax.detectors import Detector
+from diffpose_jax.detectors.crops import Crop
 from diffpose_jax.evaluation import aggregation, calibration
 from diffpose_jax.io import pictures
 from diffpose_jax.io.pictures import PictureError
@@ -40,6 +43,10 @@ HEATMAPS = flags.DEFINE_string(
 DETECTOR = flags.DEFINE_string(
     "detector", None, "Folder of a detector, such as experiments.convert --efficientpose writes."
 )
+LSP = flags.DEFINE_list(
+    "lsp", None, "Pictures of LSP that experiments.prepare --dataset lsp has made heatmaps of."
+)
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Of --lsp; default: where TFDS keeps data sets.")
 BOX = flags.DEFINE_multi_string(
     "box", [], "Where a person is in the picture: x,y,w,h in pixels; once for each person."
 )
@@ -92,14 +99,16 @@ def main(_: list[str]) -> None:
 
 def _subjects(output: Path) -> list[Subject]:
     """What the flags name."""
-    if (IMAGE.value is None) == (HEATMAPS.value is None):
-        raise app.UsageError("either --image or --heatmaps is needed")
+    if [IMAGE.value, HEATMAPS.value, LSP.value].count(None) != 2:
+        raise app.UsageError("one of --image, --heatmaps and --lsp is needed")
     if BOX.value and (IMAGE.value is None or Path(IMAGE.value).is_dir()):
         raise app.UsageError("--box says where people are in one picture: give it as --image FILE")
     if output.exists() and not output.is_dir():
         raise PredictionError(f"--output {output} is a file; name a folder")
     if HEATMAPS.value is not None:
         return _heatmaps(Path(HEATMAPS.value), output)
+    if LSP.value is not None:
+        return _lsp(LSP.value, output)
     if IMAGE.value is None or DETECTOR.value is None:
         raise app.UsageError(
             "--image needs --detector DIR; python -m experiments.convert --efficientpose download"
@@ -123,6 +132,23 @@ def _heatmaps(path: Path, output: Path) -> list[Subject]:
         subject(f"{path.name}, {row}", output / f"heatmaps_{row:04d}", of_picture)
         for row, of_picture in enumerate(maps)
     ]
+
+
+def _lsp(names: list[str], output: Path) -> list[Subject]:
+    """One for each named picture of the prepared data set."""
+    try:
+        columns, heatmaps = prepared.read(prepared.find(DATA_DIR.value, "lsp", {}), "test")
+    except ValueError as error:
+        raise PredictionError(str(error)) from error
+    rows = {name: row for row, name in enumerate(columns["name"].tolist())}
+    if missing := [name for name in names if name not in rows]:
+        raise PredictionError(f"--lsp: {', '.join(missing)} are not among the {len(rows)} pictures")
+
+    def detect(row: int) -> Detection:
+        crop = Crop(columns["corner_px"][[row]], columns["side_px"][[row]])
+        return predict.check_not_flat(Detection(heatmaps(np.array([row]))[0], crop))
+
+    return [Subject(name, output / name, functools.partial(detect, rows[name])) for name in names]
 
 
 def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Subject]:

@@ -76,7 +76,7 @@ def find(data_dir: str | Path | None, dataset: str, wanted: Mapping[str, Any]) -
     listed = "".join(f"\n  {folder}: {fields}" for folder, fields in found.items())
     if fitting:
         raise ValueError(
-            f"several prepared {dataset} have {wanted}; say more in config.data.prepared:{listed}"
+            f"several prepared {dataset} have {wanted}; say more (in config.data.prepared):{listed}"
         )
     raise FileNotFoundError(
         f"no {dataset} with {wanted} is prepared in {base}; make it with experiments.prepare"
