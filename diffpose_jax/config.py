@@ -7,11 +7,14 @@ into the dataclasses below, whose fields `configs/h36m.py` documents. No other c
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+from flax.traverse_util import flatten_dict
 
 _T = TypeVar("_T")
 
@@ -286,6 +289,11 @@ def check_choice(config: Any, **choices: tuple[str, ...]) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
     """The fields of a configuration as plain values, for JSON and for `from_dict`."""
     return dataclasses.asdict(config)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The fields by their whole names, such as "model.encoder", as JSON holds the values."""
+    return flatten_dict(json.loads(json.dumps(to_dict(config))), sep=".")
 
 
 def from_dict(fields: Any, where: str = "config") -> Config:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +241,7 @@ def spread(
       to_host: whether to give NumPy's arrays.
       devices: the devices, all local ones by default.
     """
+    chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
     devices = tuple(devices or jax.local_devices())
     at_a_time, size = most * len(devices), len(jax.tree.leaves(batch)[0])
     parts = []

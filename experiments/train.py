@@ -87,7 +87,7 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
                 disable=not distributed.is_first(),
             ) as bar,
             _noting_examples(workdir, trainer, data),
-            runs.deferred_stop() as stop,
+            runs.deferred_stop() as signals,
         ):
             for new_state, of_steps in loop.run(trainer, state, train_key, batches, data=on_device):
                 step = int(new_state.step)
@@ -100,13 +100,13 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
                 bar.update(step - bar.n)
                 # Asked once, or a signal in between could end the loop unsaved. A signal to one of
                 # several processes stops all of them, after the same step.
-                stopping = distributed.max_over_processes(stop.signal or 0)
+                stopping = distributed.max_over_processes(max(signals, default=0))
                 is_due = step % settings.checkpoint_every == 0 or step == settings.num_steps
                 if is_due or stopping:
                     writer.sync()
                     saved.save(new_state)
                 if stopping:
-                    stop.signal = stopping
+                    signals.append(stopping)
                     saved.wait()
                     break
 

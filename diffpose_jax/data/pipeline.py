@@ -241,11 +241,11 @@ class TrainingData:
     def select(self, step: int, num_steps: int, batch_size: int) -> Selection:
         """Which examples the steps after `step` take, (num_steps, batch_size)."""
         positions = np.arange(step * batch_size, (step + num_steps) * batch_size)
-        epochs, places = np.divmod(positions, len(self.examples))
+        epochs, in_epoch = np.divmod(positions, len(self.examples))
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             order = _order(self.seed, epoch, len(self.examples))
-            rows[epochs == epoch] = order[places[epochs == epoch]]
+            rows[epochs == epoch] = order[in_epoch[epochs == epoch]]
         offsets = np.random.default_rng([self.seed, 1, step]).integers(0, 1 << 16, len(rows))
         shape = (num_steps, batch_size)
         return Selection(*(x.reshape(shape).astype(np.int32) for x in (rows, offsets)))

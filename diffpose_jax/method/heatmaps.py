@@ -207,7 +207,7 @@ class CandidateSampler:
 
         Args:
           key: a random key.
-          rows: the images' places in the data set: an image's draws depend on its own alone.
+          rows: the images' rows in the data set: an image's draws depend on its own row alone.
           heatmaps: the images'.
           num_drawn: P, how many are drawn for each joint.
         """
@@ -251,9 +251,9 @@ class PredrawnCandidates:
         offsets: Integer[Array | np.ndarray, "*shape"],
     ) -> Candidates:
         """Candidates (..., S, J) of rows of the data set; offsets may be of any size."""
-        places = offsets[..., None] + np.arange(self.num_taken).reshape((1,) * rows.ndim + (-1,))
-        places = places % self.drawn.cells.shape[1]
-        taken = jax.tree.map(lambda x: x[rows[..., None], places], self.drawn)
+        positions = offsets[..., None] + np.arange(self.num_taken).reshape((1,) * rows.ndim + (-1,))
+        positions = positions % self.drawn.cells.shape[1]
+        taken = jax.tree.map(lambda x: x[rows[..., None], positions], self.drawn)
         if not self.include_argmax:
             return taken
         best = jax.tree.map(lambda x: x[rows], self.best)

@@ -122,7 +122,7 @@ def plot_example(
     chosen: SinglePose | None = None,
     crop: UInt8[np.ndarray, "P P 3"] | None = None,
 ) -> Figure:
-    """Shows one frame: the 2D evidence, the 3D hypotheses twice, and the spread per joint.
+    """Shows one frame: the heatmaps, the 3D hypotheses twice, and the spread per joint.
 
     The pose drawn strong is the truth or else the chosen pose or else the hypotheses' mean. The
     spread is the root mean squared distance of the hypotheses to their mean; beside it stand the
@@ -155,9 +155,9 @@ def plot_example(
     figure = Figure(figsize=(sum(columns), total))
     grid = figure.add_gridspec(1, len(columns), width_ratios=columns, wspace=0)
     grid.update(left=0, right=1, bottom=below / total, top=1 - above / total)
-    evidence, front, side, spread = (figure.add_subplot(grid[panel]) for panel in (1, 3, 5, 7))
+    maps, front, side, spread = (figure.add_subplot(grid[panel]) for panel in (1, 3, 5, 7))
 
-    _draw_evidence(evidence, heatmaps, candidates, crop)
+    _draw_heatmaps(maps, heatmaps, candidates, crop)
     for axes, across in ((front, 0), (side, 2)):
         _draw_poses(axes, poses_mm[..., [across, 1]], strong_mm[:, [across, 1]])
         axes.set(xlim=limits[across], ylim=limits[1])
@@ -298,7 +298,7 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     return write_atomic(path, figure_bytes(figure, path.suffix.lstrip(".") or "png", dpi))
 
 
-def _draw_evidence(
+def _draw_heatmaps(
     axes: Axes,
     heatmaps: Float[np.ndarray, "16 64 64"],
     candidates: Candidates | None,

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Integer, Key
 from matplotlib.figure import Figure
 
 from diffpose_jax import distributed, inference
-from diffpose_jax.config import Config, ConfigError
+from diffpose_jax.config import Config, ConfigError, flat
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
 from diffpose_jax.evaluation import evaluate, fitting
@@ -266,20 +266,10 @@ def write_report(
         output / "report.html",
         title=f"DiffPose: {run.resolve().name}",
         results=results,
-        config_text="\n".join(_lines(dataclasses.asdict(config))),
+        config_text="\n".join(f"{name}: {value}" for name, value in flat(config).items()),
         figures=saved,
         examples=examples,
     )
-
-
-def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """A configuration as text, a field a line."""
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            yield f"{indent}{name}:"
-            yield from _lines(value, f"{indent}  ")
-        else:
-            yield f"{indent}{name}: {value}"
 
 
 def _file_name(text: str) -> str:

@@ -243,8 +243,7 @@ def export(
 ) -> None:
     """Writes a model without the optimizer; see `inference.export`."""
     directory = Path(directory).absolute()
-    if directory.exists():
-        raise CheckpointError(f"{directory} is there already: choose another or remove it")
+    trees.check_new(directory)
     items = {
         _PARAMS: ocp.args.PyTreeSave(jax.device_get(params)),
         _METADATA: ocp.args.JsonSave(_metadata(config, data_fingerprint, {_PARAMS: params})),
@@ -321,7 +320,7 @@ def _config_of(folder: Path, metadata: dict[str, Any]) -> Config:
 
 def _check_same(saved: Config, current: Config, directory: Path) -> None:
     """Checks that a run goes on under the configuration that it began with."""
-    before, now = _flat(config_lib.to_dict(saved)), _flat(config_lib.to_dict(current))
+    before, now = config_lib.flat(saved), config_lib.flat(current)
     differing = sorted(
         f"config.{name}"
         for name in before | now
@@ -332,13 +331,3 @@ def _check_same(saved: Config, current: Config, directory: Path) -> None:
             f"{directory} was begun with another configuration ({', '.join(differing)} differ):"
             " choose another --workdir, or remove this one to start afresh"
         )
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -52,27 +52,18 @@ def raise_when_stopped() -> None:
         signal.signal(number, stop)
 
 
-class Stop:
-    """Whether a signal has asked the process to stop."""
-
-    signal: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-
 @contextlib.contextmanager
-def deferred_stop() -> Iterator[Stop]:
+def deferred_stop() -> Iterator[list[int]]:
     """Lets what runs in it finish its piece of work at SIGINT and SIGTERM.
 
-    Gives what becomes true at the first signal, and raises `Stopped` at the end if one came. A
+    Gives the signals that came, none at first, and raises `Stopped` at the end if one came. A
     second SIGINT ends the process at once.
     """
-    stop = Stop()
+    signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
-        stop.signal = number
+        signals.append(number)
         # Left to the kernel, as the interpreter might be waiting for a device.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         name = signal.Signals(number).name
@@ -81,12 +72,12 @@ def deferred_stop() -> Iterator[Stop]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stop.signal is not None:
-        raise Stopped(stop.signal)
+    if signals:
+        raise Stopped(signals[0])
 
 
 def write_config(folder: Path, config: Config, start: dict[str, Any] | None = None) -> None:

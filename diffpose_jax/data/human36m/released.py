@@ -88,7 +88,7 @@ def _table(split: str, subset: str) -> str:
     return f"/dataset/{sequences.table(split, subset)}set"
 
 
-def _columns(rows: np.ndarray, places: Int32[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+def _columns(rows: np.ndarray, table_rows: Int32[np.ndarray, " n"]) -> dict[str, np.ndarray]:
     points_mm = rows["gt_3d"].astype(np.float64).swapaxes(1, 2)
     return {
         "heatmaps": rows["heatmap"],
@@ -98,6 +98,6 @@ def _columns(rows: np.ndarray, places: Int32[np.ndarray, " n"]) -> dict[str, np.
         "subaction": rows["subaction"].astype(np.int32),
         "camera": np.char.decode(rows["cam"], "ascii"),
         "frame": rows["frame_orig"].astype(np.int32),
-        "row": places,
+        "row": table_rows,
         "ambiguous": rows["hardsubset"].reshape(-1).astype(bool),
     }
