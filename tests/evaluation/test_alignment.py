@@ -56,11 +56,10 @@ def test_agrees_with_float64_svd():
 @pytest.mark.parametrize("axes", [[0, 1, 0], [0, 0, 0], [0.3, -0.5, 0.8]])
 def test_rotation_stays_a_rotation_when_it_is_not_unique(axes):
     """On a line or in a point many rotations are optimal: the angles must survive anyway."""
-    direction = np.float32(axes)
-    line = TRUTH[..., 1:2] * direction
+    line = TRUTH[..., 1:2] * np.float32(axes)
     for pose, target in ((TRUTH, line), (line, TRUTH), (line, line)):
         aligned = np.asarray(align(pose, target))
-        assert np.isfinite(aligned).all()
+        np.testing.assert_allclose(aligned.mean(1), target.mean(1), atol=1e-3)
         before, after = (p - p.mean(1, keepdims=True) for p in (np.float64(pose), aligned))
         gram, turned = (p @ p.transpose(0, 2, 1) for p in (before, after))
         scale = np.trace(turned, axis1=1, axis2=2) / np.maximum(
@@ -74,16 +73,3 @@ def test_rotation_stays_a_rotation_when_it_is_not_unique(axes):
                 ((aligned - target) ** 2).sum((1, 2)), ((best - target) ** 2).sum((1, 2)),
                 rtol=1e-4, atol=1e-3,
             )  # fmt: skip
-
-
-def test_pose_without_extent_lands_on_the_targets_mean():
-    aligned = align(np.full_like(TRUTH, 333.3), TRUTH)
-    np.testing.assert_allclose(aligned - TRUTH.mean(1, keepdims=True), 0, atol=1e-3)
-
-
-def test_broadcasts_over_leading_axes():
-    rng = np.random.default_rng(12)
-    poses = jnp.asarray(rng.normal(size=(6, 2, 5, 17, 3)) * 300, jnp.float32)
-    aligned = align(poses, TRUTH[:, None, None])
-    expected = align_by_svd(poses[3].reshape(10, 17, 3), TRUTH[3:4]).reshape(2, 5, 17, 3)
-    np.testing.assert_allclose(aligned[3], expected, atol=1e-3)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 
-from diffpose_jax.evaluation.ambiguity import MAX_SIGMA_PX, fit_gaussians, is_ambiguous
+from diffpose_jax.evaluation.ambiguity import MAX_SIGMA_PX, fit_gaussians
 
 Y, X = np.mgrid[:64, :64].astype(float)
 
@@ -81,13 +81,3 @@ def test_degenerate_maps_are_finite_and_wide():
     np.testing.assert_array_equal(fit.amplitude[:2], 0.0)
     assert float(fit.sigma_px[2, 0]) > 60.0
     assert float(fit.sigma_px[4, 0]) < 1.0
-
-
-def test_is_ambiguous():
-    narrow = np.stack([gaussian(0.9, 30, 30, 2, 2, 0)] * 16)
-    frames = np.stack([narrow] * 4)
-    frames[1, 7] = gaussian(0.5, 20, 40, 5.2, 2, 0.7)
-    frames[2, 15] = 0.0
-    frames[3, 3] = gaussian(0.5, 20, 40, 4.8, 4.8, 0)
-    np.testing.assert_array_equal(is_ambiguous(frames), [False, True, True, False])
-    np.testing.assert_array_equal(is_ambiguous(frames, 4.5), [False, True, True, True])

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binom
 
-from diffpose_jax.evaluation import aggregation, calibration
+from diffpose_jax.evaluation import calibration
 from diffpose_jax.evaluation.calibration import Calibration, fit_calibration, uncalibrated
 from diffpose_jax.io.trees import CheckpointError
 
@@ -38,20 +37,6 @@ def test_uncalibrated_radius_is_the_quantile_of_the_distances():
         np.testing.assert_allclose(result, np.quantile(distances, level, axis=1), atol=1e-3)
         np.testing.assert_array_equal(result[:, 0], 0)
         assert "not calibrated" in uncalibrated(level).meaning
-
-
-def test_choose_is_one_program_for_all_calibrations():
-    hypotheses, chosen, _ = draw_frames(23, 3, M=5)
-    maps = jnp.zeros((3, 16, 64, 64))
-    chex.clear_trace_counter()
-    choose = jax.jit(chex.assert_max_traces(calibration.choose.__wrapped__, n=1), static_argnums=0)
-    for factor in (1, 2):
-        fitted = Calibration(np.full(17, factor, np.float32), 1.0, 0.8, 90, 12)
-        pose, radii, covariance = choose("mean", hypotheses, maps, fitted)
-        np.testing.assert_allclose(pose, chosen, atol=1e-3)
-        np.testing.assert_allclose(radii, radius(hypotheses, pose, fitted), rtol=1e-6)
-        expected = aggregation.covariance(hypotheses)
-        np.testing.assert_allclose(covariance, expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])
@@ -105,35 +90,14 @@ def test_groups_count_alike():
     assert "too few" not in fit_calibration(scores, radii, 0.6, groups).meaning
 
 
-def test_grouped_calibration_covers_new_clips():
-    """Thirty times: twelve clips calibrate, the frames of a hundred new ones are covered.
-
-    A clip's distances have its own scale. New clips are covered at 0.9 on average over the
-    calibrations, and more; by frames they are not.
-    """
-    covered = {"clips": [], "frames": []}
-    for seed in range(30):
-        rng = np.random.default_rng(seed)
-        scale = 20 * np.exp(rng.normal(size=(112, 1, 17)))
-        distances = scale * np.abs(rng.normal(size=(112, 30, 17)))
-        fitted_on, new = distances[:12].reshape(-1, 17), distances[12:].reshape(-1, 17)
-        for by, groups in (("clips", np.repeat(np.arange(12), 30)), ("frames", np.arange(360))):
-            factor = fit_calibration(fitted_on, np.full_like(fitted_on, 20), 0.9, groups).factor
-            covered[by].append(np.mean(new <= 20 * factor))
-    assert np.mean(covered["clips"]) > 0.9
-    assert np.mean(covered["frames"]) < 0.895
-
-
 def test_one_hypothesis_is_calibrated_by_the_errors_alone():
-    """M = 1: no spread, so the calibrated radius is one number a joint, and it still covers."""
+    """No spread: the calibrated radius is one number a joint, and it still covers."""
     hypotheses, chosen, distances = draw_frames(50, 500, M=1)
     np.testing.assert_array_equal(radius(hypotheses, chosen, uncalibrated(0.9)), 0)
     fitted = fit_calibration(distances, np.zeros_like(distances), 0.9, np.arange(500))
-    hypotheses, chosen, distances = draw_frames(51, 500, M=1)
     radii = np.asarray(radius(hypotheses, chosen, fitted))
     assert np.all(radii == radii[:1])
-    covered = (distances[:, 5] <= radii[:, 5]).sum()
-    assert 1e-4 < binom.cdf(covered, 500, 0.9) < 1 - 1e-4
+    assert np.mean(distances <= radii, axis=0)[1:] == pytest.approx(0.9, abs=0.01)
 
 
 def test_bad_input_is_refused():
@@ -142,47 +106,33 @@ def test_bad_input_is_refused():
         fit_calibration(np.where(np.eye(5, 17), np.nan, good), good, 0.9, frames)
     with pytest.raises(ValueError, match="radii must be numbers"):
         fit_calibration(good, -good, 0.9, frames)
-    with pytest.raises(ValueError, match="level must be"):
-        uncalibrated(90.0)
 
 
-def fitted_calibration(**changes):
-    factor = np.linspace(1, 2, 17, dtype=np.float32)
-    return Calibration(factor, 1.0, 0.8, 90, 12).replace(**changes)
+FITTED = Calibration(np.linspace(1, 2, 17, dtype=np.float32), 1.0, 0.8, 90, 12)
 
 
 def test_calibrations_beside_a_model(tmp_path):
     """By method; found from a run's folder and from those of its steps."""
     assert calibration.read_calibration(tmp_path, "mean") is None
-    fitted = fitted_calibration(solver="ddpm", num_hypotheses=7)
+    fitted = FITTED.replace(solver="ddpm", num_hypotheses=7)
     fitted_on = {"seed": 1, "solver": "ddpm", "num_hypotheses": 7}
     calibration.write_calibration(tmp_path, "mean", uncalibrated(0.5), {})
     calibration.write_calibration(tmp_path, "mode", uncalibrated(0.9), {})
     calibration.write_calibration(tmp_path, "mean", fitted, fitted_on)
-    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
-    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "100"):
+    for folder in (tmp_path, tmp_path / "checkpoints" / "100"):
         chex.assert_trees_all_equal(calibration.read_calibration(folder, "mean", fitted_on), fitted)
         assert calibration.read_calibration(folder, "mode").level == 0.9
         assert calibration.read_calibration(folder, "medoid") is None
-    assert fitted.fits("ddpm", 7)
-    assert not fitted.fits("ddpm:4", 7)
-    assert not fitted.fits("ddpm", 8)
-    assert uncalibrated(0.5).fits("ddpm:4", 8)  # not known: taken as it is
 
 
-def test_a_calibration_under_other_conditions_counts_as_none(tmp_path, caplog):
-    fitted_on, other = {"seed": 1, "data": "abc"}, {"seed": 1, "data": "def"}
-    calibration.write_calibration(tmp_path, "mean", uncalibrated(0.5), fitted_on)
-    assert calibration.read_calibration(tmp_path, "mean", fitted_on) is not None
-    assert not caplog.records
-    assert calibration.read_calibration(tmp_path, "mean", other) is None
-    assert "was fitted under other conditions (data is def, was abc)" in caplog.text
-    # A file of before this was noted is taken as it is.
+def test_a_calibration_that_does_not_say_its_conditions_is_taken(tmp_path):
+    """test_fitting.py has those under other conditions."""
+    calibration.write_calibration(tmp_path, "mean", uncalibrated(0.5), {})
     path = tmp_path / "calibration.json"
     content = json.loads(path.read_text())
     del content["mean"]["fitted_on"]
     path.write_text(json.dumps(content))
-    assert calibration.read_calibration(tmp_path, "mean", other) is not None
+    assert calibration.read_calibration(tmp_path, "mean", {"seed": 1}) is not None
 
 
 @pytest.mark.parametrize(
@@ -191,20 +141,20 @@ def test_a_calibration_under_other_conditions_counts_as_none(tmp_path, caplog):
         ({"factor": [1.0] * 16}, "factor must be of type"),
         ({"factor": [1.0] * 16 + [float("nan")]}, "factor must be finite"),
         ({"factor": "big"}, "big"),
-        ({"factor": [1e300] * 17}, "factor must be finite"),
         ({"level": 10**400}, "too large"),
         ({"level": 90}, "level must be"),
         ({"colour": 1}, "unknown field colour"),
         ({"fitted_on": {"solver": 3}}, "solver must be"),
         ({"fitted_on": [3]}, ""),
+        ("[1", ""),
+        ('{"mean": 3}', ""),
     ],
 )
 def test_what_is_no_calibration_is_refused(tmp_path, change, message):
-    calibration.write_calibration(tmp_path, "mean", fitted_calibration(), {})
+    calibration.write_calibration(tmp_path, "mean", FITTED, {})
     path = tmp_path / "calibration.json"
-    fields = json.loads(path.read_text())["mean"] | change
-    for content in (json.dumps({"mean": fields}), "[1", "3", '{"mean": {}}', '{"mean": 3}'):
-        path.write_text(content)
-        message = message if "factor" in content else ""
-        with pytest.raises(CheckpointError, match=rf"json is damaged .*{message}.*; remove it"):
-            calibration.read_calibration(tmp_path, "mean")
+    if isinstance(change, dict):
+        change = json.dumps({"mean": json.loads(path.read_text())["mean"] | change})
+    path.write_text(change)
+    with pytest.raises(CheckpointError, match=rf"json is damaged .*{message}.*; remove it"):
+        calibration.read_calibration(tmp_path, "mean")

@@ -14,12 +14,11 @@ from diffpose_jax.evaluation import baselines, calibration, evaluate
 
 NUMBER, COUNTS, MOST = 20, (5, 2), 5
 KEY = jax.random.key(7)
-BASELINES = ("mean_pose", "regression", "gaussian")
 METRICS = {
-    *("mpjpe_best", "mpjpe_mean", "mpjpe_median", "pa_mpjpe_best", "pa_mpjpe_mean", "symmetry"),
-    *("pck150_best", "pck150_all_best", "pck150_scaled_best", "cps_best", "cps_area_best"),
+    "mpjpe_best", "mpjpe_mean", "mpjpe_median", "pa_mpjpe_best", "pa_mpjpe_mean", "symmetry",
+    "pck150_best", "pck150_all_best", "pck150_scaled_best", "cps_best", "cps_area_best",
     "energy_score",
-}
+}  # fmt: skip
 OF_SEVERAL = {"ece", "ece_quantile", "mpjpe_best_at"}
 WIDE = np.isin(np.arange(NUMBER), (1, 4))
 ALL = np.arange(NUMBER) < 18
@@ -68,7 +67,7 @@ def contents(evaluated):
     return evaluated()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def results(contents):
     return contents[MOST]
 
@@ -86,20 +85,19 @@ def test_results_have_the_keys_of_the_contract(results):
     frames = {name: methods["frames"] for name, methods in results["subsets"].items()}
     assert frames == {"all": 18, "ambiguous": 2, "clear": 16}
     for methods in results["subsets"].values():
-        assert set(methods) == {"frames", "model", *evaluate.SINGLE_POSES, *BASELINES}
+        assert set(methods) == {"frames", *evaluate.METHODS}
         for method in ("model", "gaussian"):
             assert set(methods[method]) == METRICS | OF_SEVERAL
             assert list(methods[method]["mpjpe_best_at"]) == [1, 2, 5]
         for method in ("mean_pose", "regression", "model_medoid"):
             assert set(methods[method]) == METRICS
         assert set(methods["model_mean"]) == METRICS | {"coverage", "radius_mm"}
-    content = json.loads(json.dumps(results, allow_nan=False))
-    assert content["subsets"]["all"]["model"]["mpjpe_best_at"].keys() == {"1", "2", "5"}
+    json.dumps(results, allow_nan=False)
 
 
 def test_subsets_add_up(results):
     subsets = results["subsets"]
-    for method in ("model", *evaluate.SINGLE_POSES, *BASELINES):
+    for method in evaluate.METHODS:
         for metric in METRICS:
             parts = [subsets[s]["frames"] * subsets[s][method][metric] for s in subsets]
             assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-4)
@@ -109,7 +107,7 @@ def test_groups_and_their_unweighted_mean(results):
     """Of the frames in "all" alone."""
     groups, average = results["groups"]["action"], results["averages"]["action"]
     assert {name: group["frames"] for name, group in groups.items()} == {"Eating": 6, "Walking": 12}
-    for method in ("model", *BASELINES):
+    for method in evaluate.METHODS:
         eating, walking = (groups[name][method]["mpjpe_best"] for name in ("Eating", "Walking"))
         assert average[method]["mpjpe_best"] == pytest.approx((eating + walking) / 2)
         overall = results["subsets"]["all"][method]["mpjpe_best"]
@@ -131,12 +129,9 @@ def test_the_model_is_scored_on_its_own_hypotheses(contents, poses_mm, test_spli
 
 def test_the_baselines_are_scored(contents, fitted, test_split):
     inputs = regression_inputs(test_split.heatmaps(np.arange(NUMBER)))
-    predicted = {
-        "regression": np.float64(baselines.predict(fitted.regression, inputs)),
-        "mean_pose": np.float64(fitted.mean_pose_mm),
-    }
-    for method, of_method in predicted.items():
-        error = np.linalg.norm(of_method - test_split.pose_mm, axis=-1)[ALL].mean()
+    regression = np.asarray(baselines.predict(fitted.regression, inputs))
+    for method, pose_mm in {"regression": regression, "mean_pose": fitted.mean_pose_mm}.items():
+        error = np.linalg.norm(np.float64(pose_mm) - test_split.pose_mm, axis=-1)[ALL].mean()
         scored = contents[MOST]["subsets"]["all"][method]
         assert scored["mpjpe_best"] == pytest.approx(error, rel=1e-4)
     few, most = (contents[count]["subsets"]["all"]["gaussian"]["mpjpe_best"] for count in (2, MOST))
@@ -155,9 +150,8 @@ def test_single_poses_and_their_radius(results, poses_mm, test_split):
         assert found["coverage"] == pytest.approx(covered, abs=1e-6)
 
 
-@pytest.mark.parametrize("num_devices", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_nothing_depends_on_the_number_of_devices(evaluated, results, num_devices):
-    other = evaluated(devices=jax.local_devices()[:num_devices])[MOST]
+def test_nothing_depends_on_the_number_of_devices(evaluated, results):
+    other = evaluated(devices=jax.local_devices()[:1])[MOST]
     expected = dict(jax.tree_util.tree_leaves_with_path(results))
     found = dict(jax.tree_util.tree_leaves_with_path(other))
     assert expected.keys() == found.keys()
@@ -166,39 +160,28 @@ def test_nothing_depends_on_the_number_of_devices(evaluated, results, num_device
 
 
 def test_frames_outside_of_all_subsets_are_not_drawn(test_split):
-    """And frames outside of "all" count where another subset has them; of the model alone."""
-    counted, other = np.arange(NUMBER) % 12 == 0, np.arange(NUMBER) == 1
+    """And frames outside of "all" count where another subset has them."""
     asked = []
 
     def heatmaps(rows):
         asked.extend(rows.tolist())
         return test_split.heatmaps(rows)
 
-    test, masks = (
-        dataclasses.replace(test_split, heatmaps=heatmaps),
-        {"all": counted, "other": other},
-    )
-    found = evaluate.evaluate(
-        KEY, small_model(), None, test, masks, num_hypotheses=(1,), batch_size=4
-    )[1]["subsets"]
+    test = dataclasses.replace(test_split, heatmaps=heatmaps)
+    score = functools.partial(evaluate.evaluate, KEY, small_model(), None, test)
+    at = np.arange(NUMBER)
+    masks = {"all": at % 12 == 0, "other": at == 1}
+    found = score(masks, num_hypotheses=(1,), batch_size=4)[1]["subsets"]
     assert set(asked) == {0, 1, 12}
     assert {name: methods["frames"] for name, methods in found.items()} == {"all": 2, "other": 1}
     assert set(found["all"]) == {"frames", "model"}
-
-
-def test_no_frame(test_split):
-    masks = {"all": np.zeros(NUMBER, bool)}
     with pytest.raises(ValueError, match="no frame is counted"):
-        evaluate.evaluate(
-            KEY, small_model(), None, test_split, masks, num_hypotheses=(1,), batch_size=1
-        )
+        score({"all": at < 0}, num_hypotheses=(1,), batch_size=1)
 
 
 def test_regression_inputs(test_split):
-    maps = test_split.heatmaps(np.arange(NUMBER))
-    inputs = regression_inputs(maps)
-    flat = maps.reshape(NUMBER, 16, -1)
-    row, column = np.divmod(flat.argmax(-1), 64)
-    np.testing.assert_allclose(inputs[..., 0], (column - 32) / 32, atol=1e-6)
-    np.testing.assert_allclose(inputs[..., 1], (row - 32) / 32, atol=1e-6)
-    np.testing.assert_allclose(inputs[..., 2], flat.max(-1), atol=1e-6)
+    maps = test_split.heatmaps(np.arange(NUMBER)).reshape(NUMBER, 16, -1)
+    row, column = np.divmod(maps.argmax(-1), 64)
+    expected = np.stack([(column - 32) / 32, (row - 32) / 32, maps.max(-1)], axis=-1)
+    found = regression_inputs(maps.reshape(NUMBER, 16, 64, 64))
+    np.testing.assert_allclose(found, expected, atol=1e-6)

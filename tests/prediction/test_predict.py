@@ -18,6 +18,7 @@ from PIL import Image
 from small import random_heatmaps, small_model
 
 from diffpose_jax import detectors, inference
+from diffpose_jax.data import prepared
 from diffpose_jax.evaluation import calibration
 from diffpose_jax.evaluation.calibration import Calibration
 from diffpose_jax.io.pictures import PictureError
@@ -34,14 +35,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # --- heatmaps from files -----------------------------------------------------------------
 
 
+MAPS = random_heatmaps(1, 2)
+
+
 def test_heatmaps_from_files(tmp_path):
-    maps = random_heatmaps(0, 3)
-    np.save(tmp_path / "one.npy", maps[0])
-    np.save(tmp_path / "three.npy", maps.astype(np.float64))
-    np.savez_compressed(tmp_path / "three.npz", heatmaps=maps, other=1)
-    np.testing.assert_array_equal(predict.read_heatmaps(tmp_path / "one.npy"), maps[:1])
-    for name in ("three.npy", "three.npz"):
-        np.testing.assert_array_equal(predict.read_heatmaps(str(tmp_path / name)), maps)
+    np.save(tmp_path / "one.npy", MAPS[0])
+    np.save(tmp_path / "two.npy", MAPS.astype(np.float64))
+    np.savez_compressed(tmp_path / "two.npz", heatmaps=MAPS, other=1)
+    for name, expected in {"one.npy": MAPS[:1], "two.npy": MAPS, "two.npz": MAPS}.items():
+        np.testing.assert_array_equal(predict.read_heatmaps(str(tmp_path / name)), expected)
     for path, reason in ((tmp_path / "none.npy", "does not exist"), (tmp_path, "is not a file")):
         with pytest.raises(PredictionError, match=reason):
             predict.read_heatmaps(path)
@@ -53,14 +55,10 @@ def saved(save, *args, **kwargs):
     return buffer.getvalue()
 
 
-MAPS = random_heatmaps(1, 2)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"hello", "is not a .npy or .npz file of numbers"),
-        (saved(np.save, MAPS)[:-100], "is not a .npy or .npz file of numbers"),
         (saved(np.savez, heatmaps=np.array([{}])), "is not a .npy or .npz file of numbers"),
         (saved(np.savez, maps=MAPS), "has no array heatmaps, only maps"),
         (saved(np.save, MAPS[:, :15]), "must be (B, 16, 64, 64), not (2, 15, 64, 64)"),
@@ -120,23 +118,14 @@ def test_the_pose_and_its_uncertainty(method, calibrated, is_used):
         radius = np.maximum(radius, 1) * calibrated.factor
     np.testing.assert_allclose(found.chosen.radius_mm, radius, rtol=1e-3, atol=1e-2)
     assert (found.chosen.level, found.chosen.method) == (level, method)
-    assert found.is_calibrated == is_used
-    assert ("not calibrated" in found.chosen.meaning) == (not is_used)
-
-
-@pytest.mark.parametrize("candidates", ["per_image", "per_hypothesis"])
-def test_the_figure_shows_the_candidates_that_the_poses_were_drawn_under(candidates):
-    model, maps = small_model(candidates=candidates), random_heatmaps(4, 1)[0]
-    found = predict.predict(model, KEY, maps, 5, "mean")
-    shapes = {"per_image": (6, 16), "per_hypothesis": (5, 6, 16)}
-    assert found.draw.candidates.cells.shape == shapes[candidates]
-    assert_shows(predict.plot("title", Detection(maps), found), found.draw.candidates)
+    assert found.is_calibrated == is_used == ("not calibrated" not in found.chosen.meaning)
 
 
 def test_contents():
     xy = person(5, (60, 30), (230, 270), 14)
     detection = finder.detect(ColourDetector(), picture(301, 457, xy, size=14))
     found = predict.predict(small_model(), KEY, detection.heatmaps, 5, "mode")
+    assert_shows(predict.plot("title", detection, found), found.draw.candidates)
     arrays = predict.contents(detection, found)
     shapes = {
         "poses_mm": (5, 17, 3), "joint_names": (17,), "pose_mm": (17, 3), "pose_method": (),
@@ -161,7 +150,8 @@ def test_contents():
 
 # --- the command -------------------------------------------------------------------------
 
-DEFAULTS = dict.fromkeys(("image", "heatmaps", "detector")) | {"box": [], "seed": 0}
+DEFAULTS = dict.fromkeys(("image", "heatmaps", "lsp", "data_dir", "detector"))
+DEFAULTS |= {"box": [], "seed": 0}
 DEFAULTS |= {"checkpoint": "small", "num_hypotheses": 5, "pose": "heatmap_agreement"}
 
 
@@ -210,19 +200,16 @@ def test_people_in_a_picture(command, tmp_path, capsys):
     assert f"{output / 'person_1'}: 5 hypotheses, chosen pose (heatmap agreement), 90%" in printed
     assert "not calibrated on data" in printed
 
-    # One box alone: into the output itself, in place of what is there.
-    (output / "pose.html").write_text("old")
+    # One box alone: into the output itself.
     command(image=path, detector="colours", box=boxes[1:], pose="mode", seed=3)
     alone = written(output)
     np.testing.assert_array_equal(alone["heatmaps"], arrays["heatmaps"])
     assert alone["pose_method"] == "mode"
     assert np.abs(alone["poses_mm"] - arrays["poses_mm"]).max() > 1
     page = (output / "pose.html").read_text(encoding="utf-8")
-    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    (example,) = data["examples"]
-    shown = {"poses_mm": example["hypotheses"], "pose_mm": example["chosen"]["pose"]}
-    for name, flat in shown.items():
-        np.testing.assert_allclose(np.reshape(flat, alone[name].shape), alone[name], atol=0.51)
+    (example,) = json.loads(page.split('id="data">')[1].split("</script>")[0])["examples"]
+    shown = np.reshape(example["chosen"]["pose"], (17, 3))
+    np.testing.assert_allclose(shown, alone["pose_mm"], atol=0.51)
 
 
 def test_a_folder_of_pictures(command, tmp_path, capsys):
@@ -262,43 +249,45 @@ def test_heatmaps_of_several_with_an_export_and_its_calibration(command, tmp_pat
     assert "error: maps.npy, 0: nobody is in these heatmaps" in capsys.readouterr().err
 
 
-def test_of_nobody_nothing_is_written(command, tmp_path, capsys):
-    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
-    with pytest.raises(SystemExit) as error:
-        command(image=tmp_path / "a.png", detector="colours")
-    assert error.value.code == 1
-    assert not (tmp_path / "out").exists()
-    assert "error: a.png: nobody was found" in capsys.readouterr().err
+def test_pictures_of_a_prepared_lsp(command, monkeypatch):
+    columns = {"name": np.array(["a", "b"]), "corner_px": np.eye(2), "side_px": np.full(2, 63.0)}
+    monkeypatch.setattr(prepared, "find", lambda *_: Path())
+    monkeypatch.setattr(prepared, "read", lambda *_: (columns, lambda rows: MAPS[rows]))
+    arrays = written(command(lsp=["b"]) / "b")
+    np.testing.assert_array_equal(arrays["heatmaps"], MAPS[1].astype(np.float16))
+    assert arrays["crop_corner_px"].tolist() == [0, 1]
+    with pytest.raises(PredictionError, match="--lsp: c, d are not among the 2 pictures"):
+        command(lsp=["c", "a", "d"])
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "error", "message"),
     [
-        ({"image": "a.png"}, "--image needs --detector"),
-        ({}, "either --image or --heatmaps"),
-        ({"image": "a.png", "heatmaps": "b.npy"}, "either --image or --heatmaps"),
-        ({"heatmaps": "b.npy", "box": ["1,2,3,4"]}, "--box says where people are"),
-        ({"image": "/", "detector": "colours", "box": ["1,2,3,4"]}, "--box says where people are"),
-        ({"image": "a.png", "output": None}, "--checkpoint and --output are needed"),
+        ({"output": None}, app.UsageError, "--checkpoint and --output are needed"),
+        ({"detector": None}, app.UsageError, "--image needs --detector"),
+        ({"image": None}, app.UsageError, "one of --image, --heatmaps and --lsp"),
+        ({"heatmaps": "b.npy"}, app.UsageError, "one of --image, --heatmaps and --lsp"),
+        ({"image": "/", "box": ["1,2,3,4"]}, app.UsageError, "--box says where people are"),
+        ({"box": ["0,0,9,9", "100,0,5,5"]}, PredictionError, "outside of the picture"),
+        ({"box": ["0,0"]}, PredictionError, "a box is x,y,w,h"),
+        ({"image": "/no.png"}, PictureError, "no.png does not exist"),
+        ({"output": "."}, PredictionError, r"a\.png is a file; name a folder"),
     ],
 )
-def test_flags_that_do_not_fit(command, values, message):
-    with pytest.raises(app.UsageError, match=message):
-        command(**values)
-
-
-def test_before_any_work(command, tmp_path, monkeypatch):
-    """A wrong picture, box or output is told before the model is read."""
+def test_flags_that_do_not_fit(command, tmp_path, monkeypatch, values, error, message):
+    """It is told before the model is read."""
     monkeypatch.setattr(inference, "load", lambda _: sys.exit("the model was read"))
+    path = tmp_path / "a.png"
+    Image.new("RGB", (100, 100)).save(path)
+    if values.get("output"):
+        values = {"output": path}
+    with pytest.raises(error, match=message):
+        command(**{"image": path, "detector": "colours"} | values)
+
+
+def test_of_nobody_nothing_is_written(command, tmp_path, capsys):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
-    given = {"image": tmp_path / "a.png", "detector": "colours"}
-    with pytest.raises(PredictionError, match="outside of the picture"):
-        command(**given, box=["0,0,50,50", "100,0,5,5"])
-    with pytest.raises(PredictionError, match="a box is x,y,w,h"):
-        command(**given, box=["0,0"])
-    with pytest.raises(PictureError, match=r"b\.png does not exist"):
-        command(**given | {"image": tmp_path / "b.png"})
-    with pytest.raises(PredictionError, match=r"a\.png is a file; name a folder"):
-        command(**given, output=tmp_path / "a.png")
-    with pytest.raises(SystemExit, match="the model was read"):
-        command(**given)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        command(image=tmp_path / "a.png", detector="colours")
+    assert not (tmp_path / "out").exists()
+    assert "error: a.png: nobody was found" in capsys.readouterr().err

@@ -65,24 +65,21 @@ def example(name="S9 Walking", count=3, seed=0, **fields):
 def test_report_needs_nothing_from_outside(tmp_path):
     figure = figures.plot_loss([0, 1], [1.0, 0.5])
     png = figures.save(figure, tmp_path / "loss.png", dpi=40)
-    path = write_report(
-        tmp_path / "out" / "report.html",
-        title="Run",
+    page = written(
+        tmp_path / "out",
         results=RESULTS,
         config_text="seed = 1",
         figures=[("Loss", figure), ("Loss again", png)],
         examples=[example(figure=figure)],
     )
-    assert list(path.parent.iterdir()) == [path]
-    page = Page(path)
+    assert len(list((tmp_path / "out").iterdir())) == 1
     assert "<link" not in page.source
     sources = page.all("src")
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert base64.b64decode(sources[2].split(",")[1]) == png.read_bytes()
     assert page.all("width")[2] == str(round(7.4 * 40))
     assert page.all("href") == page.all("action") == page.all("srcset") == []
-    assert not re.search(r"@import|url\(|fetch\(|https?://", page.source)
-    assert not re.search(r"\{\{|\{%", page.source)
+    assert not re.search(r"@import|url\(|fetch\(|https?://|\{\{|\{%", page.source)
     assert "seed = 1" in page.text
 
 
@@ -148,23 +145,8 @@ def test_an_empty_report_is_still_a_page(tmp_path, results):
 
 
 def test_many_examples_are_cut_and_the_page_says_so(tmp_path):
-    examples = [
-        example(f"frame {index}", MAX_HYPOTHESES, index) for index in range(MAX_EXAMPLES + 2)
-    ]
+    examples = [example(count=MAX_HYPOTHESES, seed=seed) for seed in range(MAX_EXAMPLES + 2)]
     page = written(tmp_path, results=RESULTS, examples=examples)
     assert len(json.loads(page.data)["examples"]) == MAX_EXAMPLES
     assert f"The first {MAX_EXAMPLES} of {MAX_EXAMPLES + 2} examples." in page.text
     assert len(page.source) < 700_000
-
-
-def test_script_and_style_find_what_they_name(tmp_path):
-    page = written(tmp_path, examples=[example()])
-    ids = set(page.all("id"))
-    assert set(re.findall(r'byId\("([\w-]+[^-])"\)', page.source)) <= ids
-    assert {f"show-{name}" for name in re.findall(r'show\("(\w+)"\)', page.source)} <= ids
-    style = re.search(r"<style>(.*?)</style>", page.source, re.DOTALL)[1]
-    assert set(re.findall(r"var\(--([\w-]+)\)", page.source)) <= set(
-        re.findall(r"--([\w-]+):", style)
-    )
-    for group, colour in figures.GROUP_COLOURS.items():
-        assert f"--{group.replace(' ', '-')}: {colour}" in style

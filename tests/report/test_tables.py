@@ -1,12 +1,11 @@
 """Tables of results, and the published numbers that stand in them."""
 
 import csv
-import math
 
 import pytest
 
 from configs import ablations
-from diffpose_jax.report import published, tables
+from diffpose_jax.report import published
 from diffpose_jax.report.tables import Table
 
 TABLE = Table(
@@ -15,10 +14,7 @@ TABLE = Table(
         ("three seeds", {"mpjpe_best": [63.0, 64.0, 65.06], "ece": [0.1, 0.2, 0.3]}),
         ("one seed", {"mpjpe_best": [42.96], "pck150_best": (94.87,), "ece": [0.00449]}),
         ("unfinished", {}),
-        (
-            "two, equal",
-            {"pck150_best": [90.0, 90.0], "mpjpe_best": [], "cps_best": [1.0, 2.0, 3.0]},
-        ),
+        ("two, equal", {"pck150_best": [90.0, 90.0], "mpjpe_best": [], "cps_best": [1.0] * 3}),
     ),
 )
 
@@ -49,23 +45,13 @@ def test_csv():
     assert "\r" not in TABLE.to_csv()
 
 
-def test_mean_and_spread():
-    assert tables.mean_and_spread([1.0, 2.0, 3.0, 6.0]) == (3.0, pytest.approx(math.sqrt(14 / 3)))
-    mean, spread = tables.mean_and_spread([5.0])
-    assert (mean, math.isnan(spread)) == (5.0, True)
-    assert all(math.isnan(value) for value in tables.mean_and_spread([]))
-
-
 def test_published_numbers():
     """Some of each table, typed in anew."""
     ours = {"mpjpe_best": 63.1, "pa_mpjpe_best": 46.7, "pck150_best": 94.9, "cps_best": 195.5,
             "symmetry": 14.9}  # fmt: skip
     assert published.ABLATIONS["full"] == published.H36MA["DiffPose (Holmquist and Wandt)"] == ours
     assert list(published.ABLATIONS["full_heatmap"].values()) == [173.8, 283.3, 37.3, 24.1, 13.4]
-    assert published.H36M["Martinez et al., one pose"] == {
-        "mpjpe_best": 62.9,
-        "pa_mpjpe_best": 47.7,
-    }
+    assert list(published.H36M["Martinez et al., one pose"].values()) == [62.9, 47.7]
     assert published.H36MA["Sharma et al."]["symmetry"] == 23.9
     assert published.H36MA["Li and Lee"].keys() == ours.keys() - {"symmetry"}
     assert published.MPI_INF_3DHP_PCK["outdoor"] == 83.6
