@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -13,38 +14,36 @@ import jax
 import numpy as np
 import programs
 import pytest
-from small import examples, model_of, network, small_config, write_motion
+from small import examples, model_of, network, parsed, small_config, write_motion
 
 from diffpose_jax.data import pipeline
 from diffpose_jax.report import results
-from diffpose_jax.training import step as training
+from diffpose_jax.training import loop
+from diffpose_jax.training.step import Trainer
 
 RESIDENT_MB = 60
 """Bound of the growth of the resident memory between the second and the last quarter of the rounds.
 
-It goes up and down by 20 MB with how the C library places what is in use; executables that a round
-leaves behind are 80 MB and more a round.
+It goes up and down by 20 MB; executables that a round leaves behind are 80 MB and more a round.
 """
 IN_USE_MB, IN_USE_MB_PER_ROUND = 5, 0.15
 """The same of the memory in use, which is exact but for a few MB.
 
-A round writes and reads 264 arrays of checkpoints, and TensorStore (0.1.86) never frees the strings
-that `KvStore.Spec.to_json` returns, which Orbax calls for each: 0.08 MB a round. All else leaves
-0.02. The nine TFDS builders that a round once made, which TFDS keeps for ever, were 0.12.
+TensorStore (0.1.86) never frees the strings that `KvStore.Spec.to_json` returns, which Orbax calls
+for each of the 264 arrays of a round: 0.08 MB a round. All else leaves 0.02.
 """
 OF_PROCESS = Path("/proc/self")
 
 
 def train_and_sample(seed):
-    """One step and one image, of a model that is built anew."""
     config = small_config(num_steps=1, steps_per_dispatch=1, checkpoint_every=1)
-    trainer = training.from_config(network(config), config.training)
+    trainer = Trainer(network(config), parsed(config).training)
     few = examples(seed, 16)
-    data = pipeline.TrainingData(few, pipeline.HeatmapsOnDisk(few), seed)
+    data = pipeline.TrainingData(few, None, seed)
     batches = data.dispatches(0, 1, 1, 16, images=slice(0, 16))
     key = jax.random.key(seed)
     devices = jax.devices()[:1]
-    list(training.run(trainer, trainer.init(key), key, batches, devices))
+    list(loop.run(trainer, trainer.init(key), key, batches, devices))
     jax.block_until_ready(model_of(config, key).sample(key, few.heatmaps(np.arange(1)), 2))
 
 
@@ -62,21 +61,9 @@ def test_what_was_compiled_serves_models_that_are_built_alike():
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_memory_and_open_files_do_not_grow(tmp_path, request):
     """Of a session of its own, this file as a program: it trains and evaluates in turn."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "",
-        "PYTHONMALLOC": "malloc",  # for `in_use_mb` to be all
-        # Many rounds: what is compiled in each takes the longest.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    minutes = request.config.getoption("--soak-minutes")
-    session = subprocess.run(
-        [sys.executable, __file__, tmp_path, str(minutes)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = programs.environment(tmp_path, PYTHONMALLOC="malloc")  # `in_use_mb` is all
+    command = [sys.executable, __file__, tmp_path, str(request.config.getoption("--soak-minutes"))]
+    session = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert session.returncode == 0, session.stderr[-3000:]
     print(session.stdout)
     rounds = [json.loads(line) for line in session.stdout.splitlines() if line.startswith("{")]
@@ -92,19 +79,16 @@ def test_memory_and_open_files_do_not_grow(tmp_path, request):
 
 
 class MallInfo2(ctypes.Structure):
-    """What the C library says of its memory (mallinfo(3)): bytes, and numbers of blocks."""
+    """What the C library says of its memory: see mallinfo(3)."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                     "uordblks", "fordblks", "keepcost")
+    ]  # fmt: skip
 
 
 def measured():
-    """Of this process: its resident memory, what of it is in use, and how many files are open."""
     gc.collect()
     c_library = ctypes.CDLL(None)
     c_library.malloc_trim(0)  # what is free but kept comes and goes by 300 MB
@@ -122,17 +106,17 @@ def soak(folder, minutes):
     train = programs.load("train").train
     source = str(write_motion(folder / "motion"))
     end = time.monotonic() + 60 * minutes
-    count = 0
-    while time.monotonic() < end or count < 8:
+    for count in itertools.count():
+        if time.monotonic() > end and count >= 8:
+            break
         config = small_config(ema_decay=0.9)
         config.seed = count
         config.data.calibration_share = 0.5
         config.data.builder.update(source=source, train_views_per_frame=1, test_views_per_frame=1)
         run = folder / f"run_{count}"
-        train(config, run, folder / "data")
-        results.evaluate_run(run, run, config, data_dir=folder / "data")
+        train(parsed(config), run, folder / "data")
+        results.evaluate_run(run, run, data_dir=folder / "data")
         print(json.dumps(measured()), flush=True)
-        count += 1
 
 
 if __name__ == "__main__":
