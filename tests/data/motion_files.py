@@ -21,12 +21,9 @@ def turn(axes, degrees):
 def bvh_text(tree, rows, frame_time=0.0333333, channels=lambda name: "ZYX", positions=("ROOT",)):
     """Text of a BVH file.
 
-    Args:
-        tree: {root: ((x, y, z), {child: ..})}; instead of children a leaf has its End Site.
-        rows: frames, numbers in the order of the channels.
-        frame_time: in the file.
-        channels: joint name to its rotation axes in order.
-        positions: joints (or "ROOT") with position channels before the rotations.
+    `tree` is {root: ((x, y, z), {child: ..})}; instead of children a leaf has its End Site. `rows`
+    are the frames, in the order of the channels. `channels` gives a joint's rotation axes in order;
+    `positions` are the joints (or "ROOT") with position channels before them.
     """
     lines = ["HIERARCHY"]
 

@@ -9,8 +9,8 @@ from diffpose_jax.data.motion.bvh import read_bvh
 TREE = {"Root": ((1, 2, 3), {"Arm": ((0, 10, 0), {"Hand": ((4, 0, 0), (0, 0, 2))})})}
 
 
-def write(tmp_path, text, name="clip.bvh"):
-    path = tmp_path / name
+def write(tmp_path, text):
+    path = tmp_path / "clip.bvh"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
@@ -36,12 +36,6 @@ def test_by_hand(tmp_path):
     axes = [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
     np.testing.assert_allclose(recording.rotations[1, 3], axes, atol=1e-12)
     np.testing.assert_array_equal(recording.rotations[1, 2], recording.rotations[1, 3])
-
-
-def test_position_channels_of_any_joint_replace_its_offset(tmp_path):
-    text = bvh_text(TREE, [[0] * 6 + [7, 8, 9, 90, 0, 0] + [0] * 3], positions=("ROOT", "Arm"))
-    positions = read_bvh(write(tmp_path, text)).positions[0]
-    np.testing.assert_allclose(positions[1:3], [[7, 8, 9], [7, 12, 9]], atol=1e-12)
     still = read_bvh(write(tmp_path, bvh_text(TREE, [[0] * 9], positions=())))
     np.testing.assert_array_equal(still.positions[0, 0], [1, 2, 3])
 
@@ -81,40 +75,30 @@ def test_random_numbers_against_rotations_by_definition(tmp_path):
                 positions[end] = positions[name] + rotations[name] @ offsets[end]
                 rotations[end] = rotations[name]
         for k, name in enumerate(recording.joints):
-            for found, expected in (
-                (recording.positions[f, k], positions[name]),
-                (recording.rotations[f, k], rotations[name]),
-            ):
-                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+            found = recording.positions[f, k], recording.rotations[f, k]
+            np.testing.assert_allclose(found[0], positions[name], rtol=0, atol=1e-13)
+            np.testing.assert_allclose(found[1], rotations[name], rtol=0, atol=1e-13)
 
 
 def test_layout_does_not_matter(tmp_path):
-    rows = np.random.default_rng(5).normal(size=(3, 12)).round(3)
-    text = bvh_text(TREE, rows)
+    numbers = "1 2 3 40 50 60 0 0 10 20 0 0"
+    text = bvh_text(TREE, [numbers.split()])
     expected = read_bvh(write(tmp_path, text))
-    variants = {
-        "windows": text.replace("\n", "\r\n"),
-        "tabs": text.replace(" ", "\t").replace("End\tSite", "End Site"),
-        "braces": text.replace("\n{", " {"),
-        "case": text.replace("Xrotation", "xRotation").replace("HIERARCHY", "Hierarchy"),
-        "byte order mark": b"\xef\xbb\xbf" + text.encode(),
-        "blank lines": text.replace("MOTION\n", "MOTION\n\n") + "\n \n",
-        "no last newline": text.rstrip("\n"),
-    }
-    for name, variant in variants.items():
-        recording = read_bvh(write(tmp_path, variant, f"{name}.bvh"))
-        assert recording.joints == expected.joints, name
+    channels = "Xposition Yposition Zposition Zrotation Yrotation Xrotation"
+    mixed = "Zposition Zrotation Yposition Yrotation Xrotation Xposition"
+    for variant in (
+        text.replace("\n", "\r\n"),
+        text.replace(" ", "\t").replace("End\tSite", "End Site"),
+        text.replace("\n{", " {"),
+        text.replace("Xrotation", "xRotation").replace("HIERARCHY", "Hierarchy"),
+        b"\xef\xbb\xbf" + text.encode(),  # a byte order mark
+        text.replace("MOTION\n", "MOTION\n\n") + "\n \n",
+        text.rstrip("\n"),
+        text.replace(channels, mixed).replace("1 2 3 40 50 60", "3 40 2 50 60 1"),
+    ):
+        recording = read_bvh(write(tmp_path, variant))
+        assert recording.joints == expected.joints
         np.testing.assert_array_equal(recording.positions, expected.positions)
-
-
-def test_channels_may_be_mixed(tmp_path):
-    text = bvh_text(TREE, [[1, 2, 3, 0, 0, 90] + [0] * 6])
-    mixed = text.replace(
-        "Xposition Yposition Zposition Zrotation Yrotation Xrotation",
-        "Zposition Xrotation Yposition Zrotation Yrotation Xposition",
-    ).replace("1 2 3 0 0 90", "3 90 2 0 0 1")
-    expected, found = (read_bvh(write(tmp_path, t)) for t in (text, mixed))
-    np.testing.assert_allclose(found.positions, expected.positions, atol=1e-12)
 
 
 GOOD = bvh_text(TREE, [[0] * 12, [1] * 12])
@@ -129,9 +113,7 @@ GOOD = bvh_text(TREE, [[0] * 12, [1] * 12])
         ("JOINT Arm", "JOINT Root", r"line 6: the joint name 'Root' is empty or taken"),
         ("OFFSET 0 10 0", "OFFSET 0 ten 0", r"line 8: could not convert string to float: 'ten'"),
         ("\tOFFSET 0 10 0\n", "", r"joint Arm ends without OFFSET or CHANNELS"),
-        ("\tCHANNELS 3 Zrotation Yrotation Xrotation\n", "", "Arm ends without OFFSET or CHANNELS"),
         ("CHANNELS 3", "CHANNELS 4", r"line 9: the 4 channels of joint Arm must be Xrotation"),
-        ("CHANNELS 6 X", "CHANNELS 6 Y", r"line 5: the 6 channels of joint Root must be Xrot"),
         ("}\nMOTION", "MOTION", r"line 20: 'MOTION' is out of place"),
         (GOOD[GOOD.index("MOTION") :], "", "the file ends within the HIERARCHY; it is cut off"),
         ("Frames: 2", "Frames: 100000000", "2 frames instead of the 100000000 that"),
@@ -143,9 +125,8 @@ GOOD = bvh_text(TREE, [[0] * 12, [1] * 12])
 )
 def test_errors_name_file_line_and_reason(tmp_path, old, new, message):
     assert old in GOOD
-    with pytest.raises(ValueError, match=message) as error:
-        read_bvh(write(tmp_path, GOOD.replace(old, new, 1), "take 7.bvh"))
-    assert "take 7.bvh" in str(error.value)
+    with pytest.raises(ValueError, match=rf"clip\.bvh.*{message}"):
+        read_bvh(write(tmp_path, GOOD.replace(old, new, 1)))
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The embedded motion capture, the script that made it, and a user's own folder."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -18,16 +19,15 @@ CLIPS = clips.load_embedded()
 
 def test_archive_holds_what_the_readme_says():
     assert clips.ARCHIVE.stat().st_size < 1_000_000
-    frames = dict.fromkeys(("train", "test"), 0)
+    names, frames = {"train": set(), "test": set()}, {"train": 0, "test": 0}
     for clip in CLIPS:
+        names[clip.split].add(clip.name)
         frames[clip.split] += len(clip.positions_mm)
     assert frames == {"train": 2285, "test": 440}
+    assert names["test"] == make.TEST_CLIPS
+    assert len(names["train"] | names["test"]) == len(CLIPS) == 16  # no clip is in both
     readme = clips.ARCHIVE.with_name("README.md").read_text()
-    names = [clip.name for clip in CLIPS]
-    assert all(text in readme for text in (*names, "2,285", "440"))
-    # Names are unique: no clip is in both splits.
-    assert len(set(names)) == len(names) == 16
-    assert {clip.name for clip in CLIPS if clip.split == "test"} == make.TEST_CLIPS
+    assert all(text in readme for text in ("2,285", "440", *names["train"], *names["test"]))
     for name, text in (("pybullet", "permission"), ("cmu", "free for use in research")):
         assert text in clips.ARCHIVE.with_name(f"LICENSE.{name}").read_text().lower()
 
@@ -52,7 +52,6 @@ def test_bodies_are_not_mirrored(clip):
     """Nose in front, knees bending backwards: both fail where left and right are exchanged."""
     at = {name: clip.positions_mm[:, index].astype(np.float64) for name, index in JOINT.items()}
     left = at["LHip"] - at["RHip"]
-    left /= np.linalg.norm(left, axis=-1, keepdims=True)
     front = np.cross(left, at["Thorax"] - at["Hip"])
     front /= np.linalg.norm(front, axis=-1, keepdims=True)
     nose = np.sum((at["Nose"] - (at["Thorax"] + at["Head"]) / 2) * front, axis=-1)
@@ -77,7 +76,6 @@ def test_writing_the_clips_again_gives_the_archive(tmp_path):
 
 # The script, on two sources made up here.
 
-
 OFFSETS = {
     "chest": (0, 1, 0), "neck": (0, 1, 0),
     "right_hip": (0, 0, 0.4), "right_knee": (0, -2, 0), "right_ankle": (0, -2, 0),
@@ -99,31 +97,27 @@ def humanoid_frames(count):
     return frames
 
 
-def test_humanoid_at_rest_faces_x_with_the_left_side_at_y():
-    (points,) = make.humanoid_points(humanoid_frames(1), ARRAYS)
-    at = {name: points[index] for name, index in JOINT.items()}
-    expected = {"Hip": [0, 0, 1], "RAnkle": [0, -0.1, 0], "LWrist": [0, 0.2, 0.95]}
-    for name, position in expected.items():
-        np.testing.assert_allclose(at[name], position, atol=1e-12)
-    assert at["Nose"][0] > 0.03
-    assert at["Head"][2] > at["Nose"][2] > at["Thorax"][2]
-    right, left = points[list(H36M_RIGHT)], points[list(H36M_LEFT)]
-    np.testing.assert_allclose(right, left * [1, -1, 1], atol=1e-12)
-
-
 def test_humanoid_joints_rotate_about_their_parents():
-    frames = humanoid_frames(1)
+    frames = humanoid_frames(2)
     half = np.sqrt(0.5)
-    frames[0, 4:8] = np.array([half, 0, half, 0]) * 1.01  # quarter turn to the left, not unit
-    frames[0, RIGHT_KNEE] = -np.pi / 2
-    frames[0, LEFT_SHOULDER : LEFT_SHOULDER + 4] = [half, 0, 0, half]  # arm raised to the front
-    frames[0, LEFT_ELBOW] = np.pi / 2  # forearm up
-    (points,) = make.humanoid_points(frames, ARRAYS)
-    at = {name: points[index] for name, index in JOINT.items()}
-    np.testing.assert_allclose(at["LHip"], [-0.1, 0, 1], atol=1e-12)
-    np.testing.assert_allclose(at["RAnkle"] - at["RKnee"], [0, -0.5, 0], atol=1e-12)  # backwards
-    np.testing.assert_allclose(at["LElbow"] - at["LShoulder"], [0, 0.3, 0], atol=1e-12)
-    np.testing.assert_allclose(at["LWrist"] - at["LElbow"], [0, 0, 0.25], atol=1e-12)
+    frames[1, 4:8] = np.array([half, 0, half, 0]) * 1.01  # quarter turn to the left, not unit
+    frames[1, RIGHT_KNEE] = -np.pi / 2
+    frames[1, LEFT_SHOULDER : LEFT_SHOULDER + 4] = [half, 0, 0, half]  # arm raised to the front
+    frames[1, LEFT_ELBOW] = np.pi / 2  # forearm up
+    rest, turned = make.humanoid_points(frames, ARRAYS)
+    # At rest it faces x, with the left side at positive y.
+    np.testing.assert_allclose(rest[JOINT["LWrist"]], [0, 0.2, 0.95], atol=1e-12)
+    assert rest[JOINT["Nose"], 0] > 0.03
+    mirrored = rest[list(H36M_RIGHT)] * [1, -1, 1]
+    np.testing.assert_allclose(rest[list(H36M_LEFT)], mirrored, atol=1e-12)
+    for parent, joint, expected in (
+        ("Hip", "LHip", [-0.1, 0, 0]),
+        ("RKnee", "RAnkle", [0, -0.5, 0]),  # backwards
+        ("LShoulder", "LElbow", [0, 0.3, 0]),
+        ("LElbow", "LWrist", [0, 0, 0.25]),
+    ):
+        bone = turned[JOINT[joint]] - turned[JOINT[parent]]
+        np.testing.assert_allclose(bone, expected, atol=1e-12)
 
 
 def test_retargeting_keeps_directions_and_puts_the_feet_on_the_floor():
@@ -137,31 +131,32 @@ def test_retargeting_keeps_directions_and_puts_the_feet_on_the_floor():
     standing = make.retarget(np.repeat(points[:1], 5, axis=0) * 0.01)
     clearance = standing[0, :, 2] - [make.CLEARANCE_MM[name] for name in H36M_JOINTS]
     assert clearance.min() == pytest.approx(0, abs=1e-9)
-    # The unit does not matter.
-    np.testing.assert_allclose(make.retarget(points * 7), body, atol=1e-6)
+    np.testing.assert_allclose(make.retarget(points * 7), body, atol=1e-6)  # in any unit
 
 
 def test_script_writes_an_archive_from_a_wheel_and_a_folder(tmp_path, monkeypatch, capsys):
-    urdf = "".join(
+    joints = (
         f'<joint name="{name}"><origin xyz="{x} {y} {z}"/></joint>'
         for name, (x, y, z) in OFFSETS.items()
     )
     motion = json.dumps({"Loop": "wrap", "Frames": humanoid_frames(3).tolist()})
     with zipfile.ZipFile(tmp_path / "pybullet.whl", "w") as wheel:
-        wheel.writestr("pybullet_data/humanoid/humanoid.urdf", f"<robot>{urdf}</robot>\0")
-        wheel.writestr("pybullet_data/data/motions/humanoid3d_walk.txt", motion)
-        wheel.writestr("pybullet_data/data/motions/laikago_walk.txt", "a dog")
-        wheel.writestr("pybullet_data/data/motions/walker/", "")
-        wheel.writestr("pybullet_data/data/motions/walker/turn.txt", motion)
+        for name, content in {
+            "humanoid/humanoid.urdf": f"<robot>{''.join(joints)}</robot>\0",
+            "data/motions/humanoid3d_walk.txt": motion,
+            "data/motions/laikago_walk.txt": "a dog",
+            "data/motions/walker/": "",
+            "data/motions/walker/turn.txt": motion,
+        }.items():
+            wheel.writestr(f"pybullet_data/{name}", content)
     for name in ("01_01", "01_03"):
         (tmp_path / f"{name}.bvh").write_text(cmu_bvh(2))
     command = f"make --pybullet_wheel {tmp_path}/pybullet.whl --bvh_dir {tmp_path}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--output", f"{tmp_path}/out.npz"])
     make.main()
+    names = ["humanoid3d_walk", "walker_turn", "cmu_01_01", "cmu_01_03"]
     with np.load(tmp_path / "out.npz") as archive:
-        assert archive["names"].tolist() == [
-            "humanoid3d_walk", "walker_turn", "cmu_01_01", "cmu_01_03",
-        ]  # fmt: skip
+        assert archive["names"].tolist() == names
         assert archive["splits"].tolist() == ["test", "train", "train", "train"]
         assert archive["lengths"].tolist() == [3, 3, 1, 1]
         assert archive["fps"].tolist() == [30, 30, 30, 30]
@@ -170,7 +165,6 @@ def test_script_writes_an_archive_from_a_wheel_and_a_folder(tmp_path, monkeypatc
 
 
 # A user's own folder.
-
 
 GOOD = CLIPS[0].positions_mm[:3]
 
@@ -196,38 +190,28 @@ def test_read_clip_centres_the_hip_and_keeps_the_height(tmp_path):
     ("positions_mm", "fps", "message"),
     [
         (GOOD[0], 50, r"shape \(17, 3\)"),
-        (np.float64(1), 50, r"shape \(\)"),
-        (GOOD[:0], 50, r"shape \(0, 17, 3\)"),
         (np.where(np.arange(17)[:, None] == 5, np.nan, GOOD), 50, "not finite"),
         (GOOD.astype(str), 50, "not finite numbers"),
         (GOOD / 1000, 50, "metres x 1000"),
-        (GOOD * 10, 50, "no adult"),
         (GOOD - GOOD[:, :1], 50, "not positions relative to the hip"),
         (GOOD, np.nan, "fps is nan"),
-        (GOOD, [50, 60], "fps .one number"),
         (GOOD, "fast", "fps .one number"),
     ],
 )
 def test_read_clip_says_what_is_wrong_with_which_file(tmp_path, positions_mm, fps, message):
-    path = save(tmp_path / "clip_a.npz", positions_mm, fps)
-    with pytest.raises(ValueError, match=message) as error:
-        clips.read_clip(path)
-    assert "clip_a.npz" in str(error.value)
+    with pytest.raises(ValueError, match=rf"clip_a\.npz.*{message}"):
+        clips.read_clip(save(tmp_path / "clip_a.npz", positions_mm, fps))
 
 
-def test_read_clip_rejects_what_is_not_such_an_archive(tmp_path):
+def test_read_clip_rejects_what_is_not_such_a_file(tmp_path):
     np.savez(tmp_path / "no_fps.npz", positions_mm=GOOD)
-    (tmp_path / "empty.npz").write_bytes(b"")
-    (tmp_path / "text.npz").write_text("not an archive")
-    with (tmp_path / "array.npz").open("wb") as file:
-        np.save(file, GOOD)
-    for name in ("no_fps", "empty", "text", "array"):
-        with pytest.raises(ValueError, match=rf"{name}\.npz is not a motion file"):
-            clips.read_clip(tmp_path / f"{name}.npz")
-    with pytest.raises(FileNotFoundError):
-        clips.read_clip(tmp_path / "absent.npz")
-    with pytest.raises(ValueError, match=r"convert this \.fbx file to one of: .*\.npz"):
-        clips.read_clip(tmp_path / "walk.fbx")
+    for name, error, message in (
+        ("no_fps.npz", ValueError, r"no_fps\.npz is not a motion file"),
+        ("absent.npz", FileNotFoundError, "absent"),
+        ("walk.fbx", ValueError, r"convert this \.fbx file to one of: .*\.npz"),
+    ):
+        with pytest.raises(error, match=message):
+            clips.read_clip(tmp_path / name)
 
 
 def splits_of(folder, **options):
@@ -250,32 +234,25 @@ def test_read_folder_divides_by_name_where_there_is_no_test_folder(tmp_path):
     # Another clip moves none of the others.
     save(tmp_path / "another.npz")
     assert splits_of(tmp_path).items() > splits.items()
-
-
-def test_no_split_is_empty_where_there_are_two_clips():
-    names = [f"clip{index}" for index in range(100)]
-    for pair in itertools.pairwise(names):
+    # Of two clips neither split is empty.
+    for pair in itertools.pairwise(splits):
         assert len(clips._test_names(pair)) == 1
-    taken = sorted(clips._test_names(names))[:3]
-    assert len(clips._test_names(taken)) == 2
 
 
 def test_read_folder_errors(tmp_path):
-    def refused(message):
+    for added, removed, message in (
+        ("walk.fbx", None, r"no motion files under .*\.npz"),
+        ("walk.npz", None, "at least two motion files"),
+        ("test/walk.npz", None, "same clip name 'walk'"),
+        (None, "test/walk.npz", "gives no test clip"),
+        ("test/run.npz", "walk.npz", "gives no train clip"),
+    ):
+        if added:
+            save(tmp_path / added)
+        if removed:
+            (tmp_path / removed).unlink()
         with pytest.raises(ValueError, match=message):
             clips.read_folder(tmp_path)
-
-    (tmp_path / "walk.fbx").write_text("")
-    refused(r"no motion files under .*\.npz")
-    save(tmp_path / "walk.npz")
-    refused("at least two motion files")
-    save(tmp_path / "test" / "walk.npz")
-    refused("same clip name 'walk'")
-    (tmp_path / "test" / "walk.npz").unlink()
-    refused("gives no test clip")
-    save(tmp_path / "test" / "run.npz")
-    (tmp_path / "walk.npz").unlink()
-    refused("gives no train clip")
 
 
 def test_read_folder_holds_out_what_a_pattern_names(tmp_path):
@@ -290,8 +267,6 @@ def test_read_folder_holds_out_what_a_pattern_names(tmp_path):
     assert test_clips_of("*03_*") == {"03_01", "03_02", "deep/03_03", "04_01"}
     with pytest.raises(ValueError, match=r"no clip that matches test_clips '05_\*'; it has: 02_01"):
         test_clips_of("05_*")
-    with pytest.raises(ValueError, match="gives no train clip"):
-        test_clips_of("*")
     # Without the folder test/ there is no other division than the pattern's.
     (tmp_path / "test" / "04_01.npz").unlink()
     (tmp_path / "test").rmdir()
@@ -304,9 +279,8 @@ def test_read_folder_takes_motion_of_all_formats_and_thins_it(tmp_path):
         write_cmu(tmp_path, name, [cmu_frame()] * 6)
     (tmp_path / "person.bvh").write_text(lafan1(2))
     found = clips.read_folder(tmp_path, test_clips="03_*", fps=20.0)
-    assert [(clip.name, clip.split, len(clip.positions_mm)) for clip in found] == [
-        ("02_01", "train", 1), ("03_01", "test", 1), ("mine", "train", 3), ("person", "train", 2),
-    ]  # fmt: skip
+    lengths = {clip.name: len(clip.positions_mm) for clip in found}
+    assert lengths == {"02_01": 1, "03_01": 1, "mine": 3, "person": 2}
 
 
 @pytest.mark.parametrize(
@@ -314,8 +288,7 @@ def test_read_folder_takes_motion_of_all_formats_and_thins_it(tmp_path):
     [(120, 0, 1), (120, 25, 4), (120.00048, 30, 4), (29.97, 30, 1), (30, 24, 1), (30, 0.1, 300)],
 )
 def test_thinning_leaves_at_least_the_wanted_rate(fps, wanted, stride):
-    positions_mm = np.arange(1000 * 51, dtype=np.float32).reshape(1000, 17, 3)
-    clip = clips.thin(clips.Clip("a", "test", float(fps), positions_mm), float(wanted))
-    assert (clip.name, clip.split) == ("a", "test")
+    whole = dataclasses.replace(CLIPS[0], fps=float(fps))
+    clip = clips.thin(whole, float(wanted))
     assert clip.fps == pytest.approx(fps / stride)
-    np.testing.assert_array_equal(clip.positions_mm, positions_mm[::stride])
+    np.testing.assert_array_equal(clip.positions_mm, whole.positions_mm[::stride])

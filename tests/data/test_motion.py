@@ -1,17 +1,16 @@
 """The TFDS builder, end to end on a tiny configuration, and the variation of bodies."""
 
+import collections
 import subprocess
 import sys
 
 import ml_collections
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
-from diffpose_jax.config import parse
 from diffpose_jax.data import motion, simulator
 from diffpose_jax.data.motion import bodies
-from diffpose_jax.data.motion.builder import RenderedHeatmaps, data_set_name
+from diffpose_jax.data.motion.builder import data_set_name
 from diffpose_jax.data.motion.clips import thin
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_MIRROR
 
@@ -60,7 +59,6 @@ def test_decoded_examples_are_the_rendered_blobs(prepared):
             np.testing.assert_array_equal(example[key], everything[key][i])
             assert everything[key].dtype == example[key].dtype
         assert example["clip"].decode() == everything["clip"][i]
-        assert example["frame"] == everything["frame"][i]
 
 
 def test_the_pose_explains_the_keypoints(prepared):
@@ -77,13 +75,13 @@ def test_the_pose_explains_the_keypoints(prepared):
 
 
 def test_same_seed_same_records(folder, prepared, tmp_path):
-    again = motion.prepare(tiny(folder), tmp_path)
-    other = motion.prepare(tiny(folder, seed=1), tmp_path)
-    first = motion.read_all(prepared, "train")
-    for key, value in motion.read_all(again, "train").items():
+    first, again, other = (
+        motion.read_all(builder, "train")
+        for builder in (prepared, *(motion.prepare(tiny(folder, seed=s), tmp_path) for s in (0, 1)))
+    )
+    for key, value in again.items():
         np.testing.assert_array_equal(value, first[key])
-    assert other.builder_config.name != again.builder_config.name
-    assert not np.array_equal(motion.read_all(other, "train")["blobs"], first["blobs"])
+    assert not np.array_equal(other["blobs"], first["blobs"])
 
 
 def test_examples_do_not_depend_on_the_number_of_others(folder, prepared, tmp_path):
@@ -94,79 +92,50 @@ def test_examples_do_not_depend_on_the_number_of_others(folder, prepared, tmp_pa
     assert set(motion.read_all(more, "test")["frame"]) == {0, 2, 4}
 
 
-def test_features_survive_their_json(prepared):
-    features = tfds.features.FeaturesDict.from_config(prepared.data_dir)
-    assert isinstance(features["heatmaps"], RenderedHeatmaps)
-    assert features["heatmaps"].shape == (16, 64, 64)
-
-
 def test_name_follows_content(tmp_path):
-    changes = (
-        {"seed": 1}, {"fps": 20.0}, {"body": bodies.BodyConfig(mirror=0.0)},
-        {"simulator": simulator.SimulatorConfig(clutter=0.5)},
-    )  # fmt: skip
-    names = {data_set_name(motion.MotionConfig(**change)) for change in ({}, *changes)}
-    assert len(names) == 5
-    config = motion.MotionConfig(source=str(tmp_path))
     write_clips(tmp_path, {"a": 5, "test/c": 6})
-    before = data_set_name(config)
-    assert data_set_name(config) == before
+    changes = (
+        {}, {"seed": 1}, {"fps": 20.0}, {"body": bodies.BodyConfig(mirror=0.0)},
+        {"simulator": simulator.SimulatorConfig(clutter=0.5)}, {"source": str(tmp_path)},
+    )  # fmt: skip
+    names = {data_set_name(motion.MotionConfig(**change)) for change in changes}
+    assert len(names) == len(changes)
+    assert data_set_name(motion.MotionConfig()) in names
     write_clips(tmp_path, {"a": 4, "test/c": 6})
-    assert data_set_name(config) != before
+    assert data_set_name(motion.MotionConfig(source=str(tmp_path))) not in names
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sead": 1}, r"config\.data\.builder: unknown field sead"),
-        ({"camera": {"hight": 1.0}}, r"config\.data\.builder\.camera: unknown field hight"),
         ({"seed": "a"}, r"config\.data\.builder\.seed must be of type int, not 'a'"),
-        ({"fps": -1.0}, r"config\.data\.builder\.fps must be 0 to 1000000\.0, not -1\.0"),
-        ({"fps": float("nan")}, r"config\.data\.builder\.fps must be"),
+        ({"fps": float("nan")}, r"config\.data\.builder\.fps must be of type float, not 'nan'"),
         ({"body": {"height_mm_min": 2000}}, r"builder\.body\.height_mm_min must be 100 to 1950"),
         ({"simulator": {"missed": 1.5}}, r"builder\.simulator\.missed must be 0 to 1, not 1\.5"),
         ({"camera": {"distance_mm_min": 0}}, r"builder\.camera\.distance_mm_min must be 1 to 6500"),
-        (
-            {"test_clips": "a"},
-            r"builder\.test_clips must be empty: the embedded clips have fixed splits",
-        ),
+        ({"test_clips": "a"}, "must be empty: the embedded clips have fixed splits"),
+        ({"source": "no/such/folder"}, "must be 'embedded' or a folder, not 'no/such/folder'"),
+        ({"train_views_per_frame": 200_000}, "Use fewer views per frame"),
     ],
 )
-def test_bad_configurations(changes, message):
-    for fields in (changes, ml_collections.ConfigDict(changes)):
-        with pytest.raises(ValueError, match=message):
-            motion.prepare(fields)
+def test_what_cannot_be_prepared(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        motion.prepare(changes, tmp_path)
 
 
-def test_default_fields_are_those_of_the_dataclass():
-    default = motion.default_config()
-    assert parse(motion.MotionConfig, default, "config") == motion.MotionConfig()
-
-
-def test_a_folder_is_thinned_and_divided_as_configured(folder, tmp_path):
+def test_clips_are_thinned_and_divided_as_configured(folder, tmp_path):
     config = tiny(folder, fps=25.0, test_clips="a", test_views_per_frame=1)
-    builder = motion.prepare(config, tmp_path)
-    test = motion.read_all(builder, "test")
-    assert set(motion.read_all(builder, "train")["clip"]) == {"b"}
+    found = motion.read_all(motion.prepare(config, tmp_path), "test")["clip"]
     clips = motion.read_folder(folder, fps=25.0, test_clips="a")
     expected = {clip.name: len(clip.positions_mm) for clip in clips if clip.split == "test"}
-    names, counts = np.unique(test["clip"], return_counts=True)
-    assert dict(zip(names, counts, strict=True)) == expected
+    assert collections.Counter(found.tolist()) == expected
     assert set(expected) == {"a", "c", "d"}
 
-
-def test_embedded_clips_are_thinned(tmp_path):
     fields = {"fps": 2.0, "train_views_per_frame": 1, "test_views_per_frame": 1}
-    test = motion.read_all(motion.prepare(fields, tmp_path), "test")
+    found = motion.read_all(motion.prepare(fields, tmp_path), "test")["clip"]
     clips = [thin(clip, 2.0) for clip in motion.load_embedded() if clip.split == "test"]
-    assert len(test["frame"]) == sum(len(clip.positions_mm) for clip in clips) < 100
-
-
-def test_what_cannot_be_prepared(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be 'embedded' or a folder, not"):
-        motion.prepare(tiny(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="Use fewer views per frame"):
-        motion.prepare(tiny(folder, train_views_per_frame=100_000), tmp_path)
+    assert collections.Counter(found.tolist()) == {c.name: len(c.positions_mm) for c in clips}
 
 
 def test_tensorflow_is_never_imported(folder, tmp_path):
@@ -178,9 +147,8 @@ assert builder.as_data_source("train")[0]["heatmaps"].shape == (16, 64, 64)
 motion.read_all(builder, "test")
 assert "tensorflow" not in sys.modules
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "WARNING" not in done.stderr
@@ -236,7 +204,7 @@ def test_mirrored_bodies():
     np.testing.assert_allclose(bodies.mirror_poses(mirrored), plain)
 
 
-def test_exchanged_parts_keep_the_legs_the_bones_and_the_heading():
+def test_exchanged_parts_keep_the_legs_and_the_bones():
     rng = np.random.default_rng(11)
     receivers = embedded_poses(40, seed=11)
     mixed = bodies.exchange_parts(rng, receivers, POSES[::7], chance=1.0)
@@ -245,9 +213,8 @@ def test_exchanged_parts_keep_the_legs_the_bones_and_the_heading():
     # The embedded clips share one body, to the 0.1 mm that they are stored with.
     before, after = (np.linalg.norm(bones_of(poses), axis=-1) for poses in (receivers, mixed))
     np.testing.assert_allclose(after, before, atol=0.5)
-    np.testing.assert_array_equal(
-        bodies.exchange_parts(rng, receivers, POSES[::7], chance=0.0), receivers
-    )
+    same = bodies.exchange_parts(rng, receivers, POSES[::7], chance=0.0)
+    np.testing.assert_array_equal(same, receivers)
 
 
 def test_exchange_takes_each_part_from_one_donor_turned_about_the_vertical():

@@ -4,68 +4,56 @@ import json
 
 import numpy as np
 import pytest
-from motion_files import (
-    asf_text,
-    bandai_namco,
-    bvh_text,
-    cmu_bvh,
-    cmu_frame,
-    lafan1,
-    write_cmu,
-)
+from motion_files import asf_text, bandai_namco, bvh_text, cmu_bvh, cmu_frame, lafan1, write_cmu
 
 from diffpose_jax.data import motion
-from diffpose_jax.data.motion.asf_amc import read_amc
 from diffpose_jax.data.motion.bvh import read_bvh
-from diffpose_jax.data.motion.skeletons import (
-    BANDAI_NAMCO,
-    CMU_ASF,
-    CMU_BVH,
-    KNOWN,
-    LAFAN1,
-    to_h36m,
-)
+from diffpose_jax.data.motion.skeletons import KNOWN, to_h36m
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_LEFT, H36M_RIGHT
 
 JOINT = {name: index for index, name in enumerate(H36M_JOINTS)}
 
 
-def files(tmp_path):
-    texts = {"cmu": cmu_bvh(3), "lafan1": lafan1(2), "bandai": bandai_namco(2)}
-    for name, text in texts.items():
-        (tmp_path / f"{name}.bvh").write_text(text)
-    amc = write_cmu(tmp_path, "05_01", [cmu_frame()] * 2)
-    return [amc, *(tmp_path / f"{name}.bvh" for name in texts)]
-
-
-def test_standing_people_stand_face_forward_and_have_their_left_on_the_left(tmp_path):
-    fps = {"05_01": 120, "cmu": 120, "lafan1": 30, "bandai": 30}
-    for path in files(tmp_path):
-        clip = motion.read_clip(path)
-        assert clip.fps == pytest.approx(fps[clip.name], rel=1e-4)
-        assert clip.positions_mm.shape == (2, 17, 3)  # the rest pose of the conversion is left out
-        body = clip.positions_mm[0].astype(np.float64)
-        at = {name: body[index] for name, index in JOINT.items()}
-        # y is left, x is the front, z is up.
-        left, right = body[list(H36M_LEFT)], body[list(H36M_RIGHT)]
-        np.testing.assert_allclose(left, right * [1, -1, 1], atol=1e-2)
-        assert np.all(left[:, 1] > 50), path
-        middle = body[[JOINT[name] for name in ("Hip", "Spine", "Thorax", "Nose", "Head")]]
-        np.testing.assert_allclose(middle[:, 1], 0, atol=1e-3)
-        assert at["Nose"][0] > (at["Thorax"][0] + at["Head"][0]) / 2 + 15, path
-        assert np.all(np.diff(middle[:, 2]) > 70), path
-        assert 20 < at["LAnkle"][2] < 200, path
-        # Proportions of a person, loosely.
-        assert 1400 < at["Head"][2] < 2100, path
-        np.testing.assert_allclose(at["Hip"], (at["LHip"] + at["RHip"]) / 2, atol=1e-3)
-        trunk = at["Thorax"][2] - at["Hip"][2]
-        assert 400 < trunk < 620, path
-        assert 0.3 < (at["Spine"][2] - at["Hip"][2]) / trunk < 0.6, path
-        assert -20 < at["Thorax"][2] - at["LShoulder"][2] < 90, path
-        assert 180 < at["Head"][2] - at["Thorax"][2] < 300, path
-        forearm = np.linalg.norm(at["LWrist"] - at["LElbow"])
-        arm = np.linalg.norm(at["LElbow"] - at["LShoulder"])
-        assert 0.6 < forearm / arm < 1.1, path
+@pytest.mark.parametrize(
+    ("text", "fps"),
+    [(None, 120), (cmu_bvh(3), 120), (lafan1(2), 30), (bandai_namco(2), 30)],
+    ids=["cmu_amc", "cmu_bvh", "lafan1", "bandai_namco"],
+)
+def test_standing_people_stand_face_forward_and_have_their_left_on_the_left(tmp_path, text, fps):
+    path = tmp_path / "05_01.bvh"
+    if text is None:
+        path = write_cmu(tmp_path, "05_01", [cmu_frame()] * 2)
+    else:
+        path.write_text(text)
+        joints = set(read_bvh(path).joints)
+        assert len([known for known in KNOWN if known.joints <= joints]) == 1
+    clip = motion.read_clip(path)
+    assert clip.fps == pytest.approx(fps, rel=1e-4)
+    assert clip.positions_mm.shape == (2, 17, 3)  # the rest pose of the conversion is left out
+    body = clip.positions_mm[0].astype(np.float64)
+    at = {name: body[index] for name, index in JOINT.items()}
+    # y is left, x is the front, z is up.
+    left, right = body[list(H36M_LEFT)], body[list(H36M_RIGHT)]
+    np.testing.assert_allclose(left, right * [1, -1, 1], atol=1e-2)
+    assert np.all(left[:, 1] > 50)
+    middle = body[[JOINT[name] for name in ("Hip", "Spine", "Thorax", "Nose", "Head")]]
+    np.testing.assert_allclose(middle[:, 1], 0, atol=1e-3)
+    assert at["Nose"][0] > (at["Thorax"][0] + at["Head"][0]) / 2 + 15
+    assert np.all(np.diff(middle[:, 2]) > 70)
+    np.testing.assert_allclose(at["Hip"], (at["LHip"] + at["RHip"]) / 2, atol=1e-3)
+    # Proportions of a person, loosely.
+    trunk = at["Thorax"][2] - at["Hip"][2]
+    arm, forearm = at["LElbow"] - at["LShoulder"], at["LWrist"] - at["LElbow"]
+    for value, low, high in (
+        (at["LAnkle"][2], 20, 200),
+        (at["Head"][2], 1400, 2100),
+        (trunk, 400, 620),
+        ((at["Spine"][2] - at["Hip"][2]) / trunk, 0.3, 0.6),
+        (at["Thorax"][2] - at["LShoulder"][2], -20, 90),
+        (at["Head"][2] - at["Thorax"][2], 180, 300),
+        (np.linalg.norm(forearm) / np.linalg.norm(arm), 0.6, 1.1),
+    ):
+        assert low < value < high
 
 
 def test_limbs_keep_their_lengths_and_their_side_while_turning(tmp_path):
@@ -92,23 +80,14 @@ def test_limbs_keep_their_lengths_and_their_side_while_turning(tmp_path):
     np.testing.assert_allclose(np.degrees(yaw - yaw[0]), turns, atol=5)
 
 
-def test_nose_and_head_follow_the_head(tmp_path):
+def test_nose_follows_the_head(tmp_path):
     turned = cmu_frame(head=(0, 90, 0))  # about the vertical, to the left
-    positions_mm = motion.read_clip(
-        write_cmu(tmp_path, "05_01", [cmu_frame(), turned])
-    ).positions_mm
+    path = write_cmu(tmp_path, "05_01", [cmu_frame(), turned])
+    positions_mm = motion.read_clip(path).positions_mm
     ahead, left = positions_mm[:, JOINT["Nose"]] - positions_mm[:, JOINT["Thorax"]]
     offset = 0.75 * 25.4 / 0.45
     np.testing.assert_allclose(ahead[:2], [offset, 0], atol=1e-2)
     np.testing.assert_allclose(left[:2], [0, offset], atol=1e-2)
-
-
-def test_each_file_is_recognised_as_what_it_is(tmp_path):
-    expected = [CMU_ASF, CMU_BVH, LAFAN1, BANDAI_NAMCO]
-    for path, skeleton in zip(files(tmp_path), expected, strict=True):
-        recording = (read_amc if path.suffix == ".amc" else read_bvh)(path)
-        fitting = [known for known in KNOWN if known.joints <= set(recording.joints)]
-        assert fitting == [skeleton]
 
 
 # Mapping files.
@@ -168,23 +147,19 @@ def test_stride_first_frames_and_rate(tmp_path):
 
 
 def test_a_mapping_file_may_only_correct_a_known_skeleton(tmp_path):
-    path = write_cmu(tmp_path, "05_01", [cmu_frame()] * 4)
+    path = write_cmu(tmp_path, "05_01", [cmu_frame()])
     before = motion.read_clip(path)
-    scale = 50 / (25.4 / 0.45)
-    (tmp_path / "skeleton.json").write_text('{"unit_mm": 50, "fps": 60, "stride": 2}')
+    (tmp_path / "skeleton.json").write_text('{"unit_mm": 50, "fps": 60}')
     after = motion.read_clip(path)
-    assert (before.fps, after.fps) == (120, 30)
+    assert (before.fps, after.fps) == (120, 60)
     # All but what is given in millimetres.
-    legs = slice(0, 9)
-    np.testing.assert_allclose(
-        after.positions_mm[:, legs], before.positions_mm[::2, legs] * scale, rtol=1e-5, atol=1e-3
-    )
+    legs = before.positions_mm[:, :9] * 50 / (25.4 / 0.45)
+    np.testing.assert_allclose(after.positions_mm[:, :9], legs, rtol=1e-5, atol=1e-3)
 
 
 def test_the_nearest_mapping_file_holds_up_to_the_folder(tmp_path):
     folder = tmp_path / "data"
-    for place in ("05_01", "test/06_01", "slow/deep/07_01"):
-        path = folder / place
+    for path in (folder / "05_01", folder / "test" / "06_01", folder / "slow" / "deep" / "07_01"):
         write_cmu(path.parent, path.name, [cmu_frame()] * 2)
     (tmp_path / "skeleton.json").write_text("not in the folder, not read")
     (folder / "skeleton.json").write_text('{"fps": 100}')
@@ -213,29 +188,24 @@ def test_an_unknown_skeleton_is_told_what_to_do(tmp_path):
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2, "3"]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset": [1, 2, 3]}}, "Head is"),
         ({}, {"Head": {"joint": "Top", "offset_mm": [1, 2, 3], "axes": 1}}, "Head is"),
-        ({}, {"head": "Top"}, "missing or unknown joints: head"),
         ({"joints": {"Hip": "Root"}}, {}, "missing or unknown joints: Head, LAnkle"),
-        ({"joints": "Root"}, {}, r"skeleton\.json\.joints must be of type"),
         ({"unit": 10}, {}, "unknown field unit; the fields are joints, unit_mm, up, fps"),
-        ({"up": "down"}, {}, r"skeleton\.json\.up must be one of x, y, z, not 'down'"),
         ({"up": None}, {}, "up must be one of x, y, z, not None"),
         ({"unit_mm": None}, {}, r"stick\.bvh does not tell its unit_mm; give it in a skel"),
         ({"unit_mm": 0}, {}, r"skeleton\.json\.unit_mm must be 1e-06 to 1000000.0, not 0"),
-        ({"fps": float("nan")}, {}, "fps must be"),
         ({"fps": 10**400}, {}, "fps must be"),
-        ({"stride": 1.5}, {}, "stride must be of type"),
         ({"skip_frames": 6}, {}, r"shape \(0, 17, 3\)"),
     ],
-)  # fmt: skip
+)
 def test_mapping_errors(tmp_path, changes, joints, message):
     with pytest.raises(ValueError, match=message):
         motion.read_clip(custom(tmp_path, changes, joints))
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "\udce4", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[1, 2]"])
 def test_a_mapping_file_must_hold_an_object(tmp_path, text):
     path = custom(tmp_path)
-    path.with_name("skeleton.json").write_bytes(text.encode(errors="surrogateescape"))
+    path.with_name("skeleton.json").write_text(text)
     with pytest.raises(ValueError, match=r"skeleton\.json (is no JSON file|must hold fields)"):
         motion.read_clip(path)
 
@@ -246,8 +216,7 @@ def test_a_motion_without_a_rate_needs_one(tmp_path):
     (tmp_path / "stick.asf").write_text(asf)
     amc = tmp_path / "stick.amc"
     amc.write_text("1\nroot 0 0 0.1 0 0 0\nTop 0\n")
-    custom(tmp_path, {"unit_mm": None})  # this format tells it
-    mapping = tmp_path / "skeleton.json"
+    mapping = custom(tmp_path, {"unit_mm": None}).with_name("skeleton.json")  # the .asf tells it
     text = mapping.read_text().replace("Root", "root")
     mapping.write_text(text)
     with pytest.raises(ValueError, match=r"stick\.amc does not tell its fps"):
