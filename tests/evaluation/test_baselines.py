@@ -35,13 +35,8 @@ def regression():
 
 def test_regression_learns_a_nearly_linear_map(regression):
     inputs, poses = toy_data(seed=1)
-    spread = mpjpe(poses, poses.mean(0))
-    assert mpjpe(baselines.predict(regression, inputs), poses) < 0.25 * spread
-
-
-def test_prediction_has_the_hip_at_zero_and_does_not_depend_on_the_batch(regression):
-    inputs, _ = toy_data()
-    predicted = jax.jit(baselines.predict)(regression, inputs[:8])
+    predicted = np.asarray(baselines.predict(regression, inputs))
+    assert mpjpe(predicted, poses) < 0.25 * mpjpe(poses, poses.mean(0))
     assert not np.any(predicted[:, 0])
     alone = baselines.predict(regression, inputs[3:4])
     np.testing.assert_allclose(alone, predicted[3:4], atol=0.05)
@@ -57,19 +52,15 @@ def test_network_is_that_of_the_paper():
     assert sum(name.startswith("BatchNorm") for name in shapes["params"]) == 5
 
 
-def test_dropout_and_batch_statistics_act_in_training_only(regression):
+def test_dropout_acts_in_training(regression):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(32, 48)), jnp.float32)
-
-    def trained(seed):
-        return baselines.RegressionNetwork(128).apply(
-            *(regression.variables, x), train=True, mutable=["batch_stats"],
-            rngs={"dropout": jax.random.key(seed)},
-        )  # fmt: skip
-
-    (first, updates), (second, _) = trained(0), trained(1)
+    network = baselines.RegressionNetwork(128)
+    how = {"train": True, "mutable": ["batch_stats"]}
+    (first, _), (second, _) = (
+        network.apply(regression.variables, x, rngs={"dropout": jax.random.key(seed)}, **how)
+        for seed in (0, 1)
+    )
     assert np.abs(first - second).max() > 0.01
-    before = regression.variables["batch_stats"]["BatchNorm_0"]["mean"]
-    assert np.abs(updates["batch_stats"]["BatchNorm_0"]["mean"] - before).max() > 0
 
 
 def test_gaussian_recovers_a_full_covariance():

@@ -29,16 +29,6 @@ def draw_frames(seed, num_frames, M=50, too_narrow=1.6):
     return jnp.float32(hypotheses), chosen, np.linalg.norm(truth - chosen, axis=-1)
 
 
-def test_uncalibrated_radius_is_the_quantile_of_the_distances():
-    hypotheses, chosen, _ = draw_frames(22, 4, M=8)
-    distances = np.linalg.norm(np.float64(hypotheses) - np.float64(chosen)[:, None], axis=-1)
-    for level in (0.5, 0.9, 0.31):
-        result = radius(hypotheses, chosen, uncalibrated(level))
-        np.testing.assert_allclose(result, np.quantile(distances, level, axis=1), atol=1e-3)
-        np.testing.assert_array_equal(result[:, 0], 0)
-        assert "not calibrated" in uncalibrated(level).meaning
-
-
 @pytest.mark.parametrize("level", [0.5, 0.9])
 def test_calibrated_radii_cover_fresh_frames(level):
     hypotheses, chosen, distances = draw_frames(30, 1000)
@@ -112,7 +102,10 @@ FITTED = Calibration(np.linspace(1, 2, 17, dtype=np.float32), 1.0, 0.8, 90, 12)
 
 
 def test_calibrations_beside_a_model(tmp_path):
-    """By method; found from a run's folder and from those of its steps."""
+    """By method; found from a run's folder and from those of its steps.
+
+    One that does not say what it was fitted on is taken.
+    """
     assert calibration.read_calibration(tmp_path, "mean") is None
     fitted = FITTED.replace(solver="ddpm", num_hypotheses=7)
     fitted_on = {"seed": 1, "solver": "ddpm", "num_hypotheses": 7}
@@ -121,18 +114,8 @@ def test_calibrations_beside_a_model(tmp_path):
     calibration.write_calibration(tmp_path, "mean", fitted, fitted_on)
     for folder in (tmp_path, tmp_path / "checkpoints" / "100"):
         chex.assert_trees_all_equal(calibration.read_calibration(folder, "mean", fitted_on), fitted)
-        assert calibration.read_calibration(folder, "mode").level == 0.9
+        assert calibration.read_calibration(folder, "mode", fitted_on).level == 0.9
         assert calibration.read_calibration(folder, "medoid") is None
-
-
-def test_a_calibration_that_does_not_say_its_conditions_is_taken(tmp_path):
-    """test_fitting.py has those under other conditions."""
-    calibration.write_calibration(tmp_path, "mean", uncalibrated(0.5), {})
-    path = tmp_path / "calibration.json"
-    content = json.loads(path.read_text())
-    del content["mean"]["fitted_on"]
-    path.write_text(json.dumps(content))
-    assert calibration.read_calibration(tmp_path, "mean", {"seed": 1}) is not None
 
 
 @pytest.mark.parametrize(

@@ -95,14 +95,6 @@ def test_results_have_the_keys_of_the_contract(results):
     json.dumps(results, allow_nan=False)
 
 
-def test_subsets_add_up(results):
-    subsets = results["subsets"]
-    for method in evaluate.METHODS:
-        for metric in METRICS:
-            parts = [subsets[s]["frames"] * subsets[s][method][metric] for s in subsets]
-            assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-4)
-
-
 def test_groups_and_their_unweighted_mean(results):
     """Of the frames in "all" alone."""
     groups, average = results["groups"]["action"], results["averages"]["action"]
@@ -177,11 +169,3 @@ def test_frames_outside_of_all_subsets_are_not_drawn(test_split):
     assert set(found["all"]) == {"frames", "model"}
     with pytest.raises(ValueError, match="no frame is counted"):
         score({"all": at < 0}, num_hypotheses=(1,), batch_size=1)
-
-
-def test_regression_inputs(test_split):
-    maps = test_split.heatmaps(np.arange(NUMBER)).reshape(NUMBER, 16, -1)
-    row, column = np.divmod(maps.argmax(-1), 64)
-    expected = np.stack([(column - 32) / 32, (row - 32) / 32, maps.max(-1)], axis=-1)
-    found = regression_inputs(maps.reshape(NUMBER, 16, 64, 64))
-    np.testing.assert_allclose(found, expected, atol=1e-6)

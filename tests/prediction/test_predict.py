@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import sys
 import types
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import programs
 import pytest
 from absl import app
-from drawn_candidates import assert_shows
 from people import ColourDetector, person, picture
 from PIL import Image
 from small import random_heatmaps, small_model
@@ -30,9 +28,6 @@ from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
 program = programs.load("predict")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-# --- heatmaps from files -----------------------------------------------------------------
 
 
 MAPS = random_heatmaps(1, 2)
@@ -85,8 +80,6 @@ def test_flat_heatmaps_are_nobody(value):
         assert predict.check_not_flat(Detection(flat)).heatmaps is flat
 
 
-# --- the prediction ----------------------------------------------------------------------
-
 KEY = jax.random.key(7)
 CALIBRATION = Calibration(np.linspace(1, 2, 17, dtype=np.float32), 1.0, 0.8, 90, 12)
 
@@ -125,7 +118,6 @@ def test_contents():
     xy = person(5, (60, 30), (230, 270), 14)
     detection = finder.detect(ColourDetector(), picture(301, 457, xy, size=14))
     found = predict.predict(small_model(), KEY, detection.heatmaps, 5, "mode")
-    assert_shows(predict.plot("title", detection, found), found.draw.candidates)
     arrays = predict.contents(detection, found)
     shapes = {
         "poses_mm": (5, 17, 3), "joint_names": (17,), "pose_mm": (17, 3), "pose_method": (),
@@ -147,8 +139,6 @@ def test_contents():
     assert np.isfinite(arrays["heatmaps"]).all()
     assert set(shapes) - set(arrays) == {"crop_corner_px", "crop_side_px", "joints_2d_px"}
 
-
-# --- the command -------------------------------------------------------------------------
 
 DEFAULTS = dict.fromkeys(("image", "heatmaps", "lsp", "data_dir", "detector"))
 DEFAULTS |= {"box": [], "seed": 0}
@@ -206,10 +196,6 @@ def test_people_in_a_picture(command, tmp_path, capsys):
     np.testing.assert_array_equal(alone["heatmaps"], arrays["heatmaps"])
     assert alone["pose_method"] == "mode"
     assert np.abs(alone["poses_mm"] - arrays["poses_mm"]).max() > 1
-    page = (output / "pose.html").read_text(encoding="utf-8")
-    (example,) = json.loads(page.split('id="data">')[1].split("</script>")[0])["examples"]
-    shown = np.reshape(example["chosen"]["pose"], (17, 3))
-    np.testing.assert_allclose(shown, alone["pose_mm"], atol=0.51)
 
 
 def test_a_folder_of_pictures(command, tmp_path, capsys):
@@ -230,6 +216,9 @@ def test_a_folder_of_pictures(command, tmp_path, capsys):
     assert len(errors) == 2
     assert errors[0].startswith(f"error: {folder / 'b.jpg'} is not a picture")
     assert errors[1].startswith("error: c.bmp: nobody was found in the picture")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        command(image=folder / "c.bmp", detector="colours", output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_heatmaps_of_several_with_an_export_and_its_calibration(command, tmp_path, capsys):
@@ -269,7 +258,6 @@ def test_pictures_of_a_prepared_lsp(command, monkeypatch):
         ({"heatmaps": "b.npy"}, app.UsageError, "one of --image, --heatmaps and --lsp"),
         ({"image": "/", "box": ["1,2,3,4"]}, app.UsageError, "--box says where people are"),
         ({"box": ["0,0,9,9", "100,0,5,5"]}, PredictionError, "outside of the picture"),
-        ({"box": ["0,0"]}, PredictionError, "a box is x,y,w,h"),
         ({"image": "/no.png"}, PictureError, "no.png does not exist"),
         ({"output": "."}, PredictionError, r"a\.png is a file; name a folder"),
     ],
@@ -283,11 +271,3 @@ def test_flags_that_do_not_fit(command, tmp_path, monkeypatch, values, error, me
         values = {"output": path}
     with pytest.raises(error, match=message):
         command(**{"image": path, "detector": "colours"} | values)
-
-
-def test_of_nobody_nothing_is_written(command, tmp_path, capsys):
-    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match=r"^1$"):
-        command(image=tmp_path / "a.png", detector="colours")
-    assert not (tmp_path / "out").exists()
-    assert "error: a.png: nobody was found" in capsys.readouterr().err
