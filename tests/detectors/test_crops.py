@@ -23,8 +23,8 @@ def test_a_crop_holds_all_joints_with_the_published_margin():
     rng = np.random.default_rng(3)
     keypoints = rng.uniform(100, 900, (300, 1, 2)) + rng.uniform(-200, 200, (300, 17, 2))
     crop = crops.square_crop(keypoints)
-    np.testing.assert_array_equal(crop.corner_px, np.round(crop.corner_px))
-    np.testing.assert_array_equal(crop.side_px, np.round(crop.side_px))
+    for values in crop:
+        np.testing.assert_array_equal(values, np.round(values))
     extent = np.ptp(keypoints, axis=1)
     np.testing.assert_allclose(crop.side_px, 1.2 * extent.max(-1), atol=0.5)
     centre = crop.corner_px + crop.side_px[:, None] / 2
@@ -47,7 +47,6 @@ def test_a_square_of_the_results_size_is_cut_out_and_black_beside_the_picture(co
     x, y = 50 + corner[0], 50 + corner[1]
     crop = crops.square_crop_image(image, np.array(corner), float(side), side)
     np.testing.assert_array_equal(crop, around[y : y + side, x : x + side])
-    assert crop.dtype == np.uint8
 
 
 @pytest.mark.parametrize("size", [16, 45, 100])
@@ -72,7 +71,6 @@ def test_only_the_square_of_a_big_picture_is_copied():
 @pytest.mark.parametrize(
     ("image", "corner", "side", "problem"),
     [
-        (np.zeros((40, 60), np.uint8), (0, 0), 10, r"\(40, 60\) uint8"),
         (np.zeros((40, 60, 4), np.uint8), (0, 0), 10, r"\(40, 60, 4\)"),
         (np.zeros((40, 60, 3), np.float32), (0, 0), 10, "float32"),
         (np.zeros((40, 60, 3), np.uint8), (60, 0), 10, r"at \(60, 0\) .* 60 x 40 px"),
@@ -83,12 +81,6 @@ def test_only_the_square_of_a_big_picture_is_copied():
 def test_what_cannot_be_cut(image, corner, side, problem):
     with pytest.raises(ValueError, match=problem):
         crops.square_crop_image(image, np.array(corner), side, 32)
-
-
-def test_cells_by_hand():
-    pixels = np.array([[100.0, 200.0], [228.0, 328.0], [164.0, 210.0]])
-    cells = crops.pixels_to_cells(pixels, np.array([100, 200]), 128.0)
-    np.testing.assert_allclose(cells, [[0, 0], [64, 64], [32, 5]])
 
 
 def test_a_dot_of_the_picture_stands_in_its_cell():

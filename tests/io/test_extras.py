@@ -5,11 +5,8 @@ import pytest
 from diffpose_jax.io import extras
 
 
-def test_gives_the_module():
+def test_gives_the_module_or_says_what_to_install():
     assert extras.load("json", "any") is json
-
-
-def test_says_what_to_install():
     with pytest.raises(extras.MissingExtraError, match=r"needs nowhere\.at_all.*diffpose_jax\[x\]"):
         extras.load("nowhere.at_all", "x")
 

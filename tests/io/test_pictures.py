@@ -47,11 +47,8 @@ def test_formats(tmp_path, suffix, options, atol):
     Image.fromarray(blocks()).save(path, **options)
     assert_alike(pictures.read(path), blocks(), atol)
     assert pictures.find(tmp_path) == [path]
-
-
-def test_the_ending_does_not_matter(tmp_path):
-    Image.fromarray(blocks()).save(tmp_path / "a", format="PNG")
-    assert_alike(pictures.read(str(tmp_path / "a")), blocks())
+    without_ending = path.rename(tmp_path / "picture")
+    assert_alike(pictures.read(str(without_ending)), blocks(), atol)
 
 
 @pytest.mark.parametrize(
@@ -88,28 +85,32 @@ def test_orientation_of_no_known_value(tmp_path):
     assert_alike(pictures.read(tmp_path / "a.png"), blocks())
 
 
+def assert_read_as(tmp_path, picture, expected, atol=0, suffix="png", **options):
+    path = tmp_path / f"a.{suffix}"
+    picture.save(path, **options)
+    assert_alike(pictures.read(path), np.uint8(expected), atol)
+
+
 def test_grey(tmp_path):
     grey = blocks()[..., 0]
-    Image.fromarray(grey).save(tmp_path / "a.png")
-    assert_alike(pictures.read(tmp_path / "a.png"), np.stack([grey] * 3, -1))
-    Image.fromarray(grey > 100).save(tmp_path / "b.png")  # one bit
-    assert_alike(pictures.read(tmp_path / "b.png"), np.stack([np.uint8(grey > 100) * 255] * 3, -1))
+    assert_read_as(tmp_path, Image.fromarray(grey), np.stack([grey] * 3, -1))
+    bits = grey > 100
+    assert_read_as(tmp_path, Image.fromarray(bits), np.stack([bits * 255] * 3, -1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bits(tmp_path, suffix):
     """A ramp over all values, of which Pillow itself would make white."""
     ramp = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(ramp).save(path)
-    assert_alike(pictures.read(path), np.stack([ramp / 257] * 3, -1).astype(np.uint8), 1)
+    expected = np.stack([ramp / 257] * 3, -1)
+    assert_read_as(tmp_path, Image.fromarray(ramp), expected, 1, suffix)
 
 
 def test_16_bits_of_colour(tmp_path):
     ramp = np.linspace(0, 65535, HEIGHT * WIDTH * 3).astype(">u2").reshape(HEIGHT, WIDTH, 3)
     rows = b"".join(b"\0" + row.tobytes() for row in ramp)
     path = tmp_path / "a.png"
-    path.write_bytes(png(WIDTH, HEIGHT, rows, depth=16, kind=2))
+    path.write_bytes(png(WIDTH, HEIGHT, rows, depth=16))
     assert_alike(pictures.read(path), (ramp / 257).astype(np.uint8), 1)
 
 
@@ -120,24 +121,21 @@ def on_white(rgba):
 
 def test_transparent_parts_are_white(tmp_path):
     rgba = blocks(4)
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    assert_alike(pictures.read(tmp_path / "a.png"), on_white(rgba), 1)
-    grey_alpha = rgba[..., [0, 3]]
-    Image.fromarray(grey_alpha, "LA").save(tmp_path / "b.png")
-    assert_alike(pictures.read(tmp_path / "b.png"), on_white(rgba[..., [0, 0, 0, 3]]), 1)
+    assert_read_as(tmp_path, Image.fromarray(rgba), on_white(rgba), 1)
+    grey = Image.fromarray(rgba[..., [0, 3]], "LA")
+    assert_read_as(tmp_path, grey, on_white(rgba[..., [0, 0, 0, 3]]), 1)
 
 
 def test_palettes(tmp_path):
-    Image.fromarray(blocks()).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
-    assert_alike(pictures.read(tmp_path / "a.png"), blocks(), 1)
+    picture = Image.fromarray(blocks()).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert_read_as(tmp_path, picture, blocks(), 1)
     indices = np.zeros((HEIGHT, WIDTH), np.uint8)
     indices[:, WIDTH // 2 :] = 1
-    palette = Image.fromarray(indices)
-    palette.putpalette([10, 20, 30, 200, 100, 50])
+    picture = Image.fromarray(indices)
+    picture.putpalette([10, 20, 30, 200, 100, 50])
     expected = np.where(indices[..., None] == 1, [200, 100, 50], 255)
     for suffix in ("png", "gif"):
-        palette.save(tmp_path / f"b.{suffix}", transparency=0)
-        assert_alike(pictures.read(tmp_path / f"b.{suffix}"), expected.astype(np.uint8))
+        assert_read_as(tmp_path, picture, expected, suffix=suffix, transparency=0)
 
 
 def test_cmyk(tmp_path):
@@ -153,21 +151,20 @@ def test_of_an_animation_the_first_frame(tmp_path, caplog, suffix):
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
     with caplog.at_level(python_logging.WARNING, logger="absl"):
         assert_alike(pictures.read(path), blocks())
-    assert "a." in caplog.text
-    assert "first frame" in caplog.text
+    assert f"a.{suffix} is animated: only its first frame" in caplog.text
 
 
 # --- files that are not what they should be ----------------------------------------------
 
 
-def png(width, height, rows=b"", *, depth=8, kind=2):
-    """A PNG file with a header that says what one likes."""
+def png(width, height, rows=b"", depth=8):
+    """A PNG file of RGB, with a header that says what one likes."""
 
     def chunk(name, content):
         checksum = zlib.crc32(name + content)
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
-    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
     content = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + content + chunk(b"IEND", b"")
 
@@ -182,11 +179,7 @@ def error_of(path):
     return message.removeprefix(str(path))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", bytes(5000), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0\0\0\x18ftypheic" + bytes(100)],
-    ids=["empty", "zeros", "eps", "heic"],
-)
+@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0\0\0\x18ftypheic"])
 def test_not_a_picture(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
@@ -207,7 +200,7 @@ def test_truncated(tmp_path, suffix, part):
 @pytest.mark.parametrize(("width", "height"), [(15, 400), (400, 15)])
 def test_too_small(tmp_path, width, height):
     path = tmp_path / "a.png"
-    Image.new("RGB", (width, height)).save(path)
+    path.write_bytes(png(width, height))
     assert f"{width} x {height} px: too small" in error_of(path)
 
 
