@@ -1,15 +1,17 @@
-"""Strangers' files: every reader against mutated ones, see `fuzzing`, in a child process."""
+"""Strangers' files: every reader against mutated ones, see `fuzzing`, in a child process.
 
-import importlib.util
+`test_convert` does the same with PyTorch's files.
+"""
+
 import json
-import os
 import signal
 import subprocess
 import sys
 
 import fuzzing
 import pytest
-from paths import ROOT, TESTS
+from paths import TESTS
+from programs import environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard reads /proc")
 
@@ -17,17 +19,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard reads
 def run(folder, cases, names):
     """Fuzzes targets; what is wrong with each. The one that ends a process is the only one."""
     problems, remaining = {name: [] for name in names}, list(names)
-    path = [TESTS, TESTS / "data", ROOT]
-    settings = {"PYTHONPATH": os.pathsep.join(map(str, path)), "JAX_PLATFORMS": "cpu"}
     while remaining:
         command = [sys.executable, TESTS / "fuzzing.py", folder, str(cases), *remaining]
-        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
         if done.returncode == 0:
             break
-        progress = folder / "progress"
-        name, case, file = (
-            progress.read_text().split() if progress.exists() else (remaining[0],) * 3
-        )
+        name, case, file = (folder / "progress").read_text().split()
         why = f"case {case}, {file} ended the process with code {done.returncode}"
         problems[name].append(f"{why}: {done.stderr[-3000:]}")
         remaining = remaining[remaining.index(name) + 1 :]
@@ -39,19 +36,12 @@ def run(folder, cases, names):
 
 
 FAST_CASES, SLOW_CASES = 50, 10_000
-NEEDS_TORCH = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="PyTorch files are read with PyTorch"
-)
-READERS = [
-    pytest.param(name, marks=NEEDS_TORCH if name == "torch_files" else ())
-    for name in fuzzing.READERS
-]
+READERS = [name for name in fuzzing.READERS if name != "torch_files"]
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    names = [name for name in fuzzing.READERS if name != "torch_files" or not NEEDS_TORCH.args[0]]
-    return run(tmp_path_factory.mktemp("fuzz"), FAST_CASES, names)
+    return run(tmp_path_factory.mktemp("fuzz"), FAST_CASES, READERS)
 
 
 @pytest.mark.parametrize("name", READERS)

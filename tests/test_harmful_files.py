@@ -1,5 +1,9 @@
-"""Files made to do harm: to run code, to write other files, to fill the memory."""
+"""Files made to do harm: to run code, to write other files, to fill the memory.
 
+`test_convert` has PyTorch's files, `test_human36m` pickles.
+"""
+
+import contextlib
 import io
 import os
 import resource
@@ -15,8 +19,6 @@ from PIL import Image
 
 import experiments
 from diffpose_jax.data import motion
-from diffpose_jax.interop import torch_weights
-from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io import arrays, files, scalars
 from diffpose_jax.prediction import predict
 
@@ -31,17 +33,6 @@ class MakesFolder:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture
-def little_memory():
-    """Fails a test whose process grows by more than 300 MB of pages."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
-
-
-# --- NumPy's files -------------------------------------------------------------------------
 
 
 def test_arrays_of_objects_run_no_code(tmp_path):
@@ -60,94 +51,44 @@ def test_arrays_of_objects_run_no_code(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def deflated(size):
-    """A .npz that unpacks to as many bytes of zeros."""
-    stream = io.BytesIO()
-    np.save(stream, np.zeros(0, np.uint8))
-    head = stream.getvalue().replace(b"(0,)", f"({size},)".encode())[:128]
-    packed = io.BytesIO()
-    with (
-        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("heatmaps.npy", "w", force_zip64=True) as member,
-    ):
-        member.write(head)
-        for _ in range(size // (16 * MEBIBYTE)):
-            member.write(bytes(16 * MEBIBYTE))
-    return packed.getvalue()
+@contextlib.contextmanager
+def in_little_memory():
+    """Fails if the process grows by more than 300 MB of pages."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
-def test_an_archive_that_unpacks_to_much_more(tmp_path, monkeypatch):
+def test_an_archive_that_unpacks_to_much_more_than_it_has_or_says(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "MAX_UNPACKED_BYTES", 32 * MEBIBYTE)
-    path = tmp_path / "a.npz"
-    path.write_bytes(deflated(128 * MEBIBYTE))
+    packed, path = io.BytesIO(), tmp_path / "a.npz"
+    np.savez_compressed(packed, heatmaps=np.zeros(128 * MEBIBYTE, np.uint8))
+    whole = packed.getvalue()
+    says_less = whole.replace(struct.pack("<I", 128 * MEBIBYTE + 128), bytes(4))
+    assert says_less != whole
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"unpacks to 134,217,856 bytes, more than 33,554,432"):
-        arrays.read(path)
+    for content, problem in (
+        (whole, r"unpacks to 134,217,856 bytes, more than 33,554,432"),
+        (says_less, r"a\.npz is not .* or is damaged"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            arrays.read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * MEBIBYTE
 
 
-def test_an_archive_that_says_less_than_it_unpacks_to(tmp_path, little_memory):
-    whole = deflated(512 * MEBIBYTE)
-    says_less = whole.replace(struct.pack("<I", 512 * MEBIBYTE + 128), bytes(4))
-    assert says_less != whole
-    (tmp_path / "a.npz").write_bytes(says_less)
-    with pytest.raises(ValueError, match=r"a\.npz is not .* or is damaged"):
-        arrays.read(tmp_path / "a.npz")
-
-
 @pytest.mark.parametrize("shape", ["(9999999999,)", "(4294967296, 4294967296)", "(-1, -4)"])
-def test_a_header_that_says_too_much(tmp_path, little_memory, shape):
+def test_a_header_that_says_too_much(tmp_path, shape):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(16)
     (tmp_path / "a.npy").write_bytes(data)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("heatmaps.npy", data)
     for name in ("a.npy", "a.npz"):
-        with pytest.raises(ValueError, match=rf"{name} is not"):
+        with in_little_memory(), pytest.raises(ValueError, match=rf"{name} is not"):
             arrays.read(tmp_path / name)
-
-
-# --- PyTorch's files; `test_convert` has one with code -------------------------------------
-
-
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch", reason="PyTorch files are read with PyTorch")
-
-
-def test_a_torch_file_that_unpacks_to_much_more(tmp_path, little_memory, torch):
-    torch.save({"w": torch.zeros(8 * MEBIBYTE)}, tmp_path / "whole.pt")
-    path = tmp_path / "a.pt"
-    with (
-        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in whole.namelist():
-            packed.writestr(name, whole.read(name))
-    assert path.stat().st_size < MEBIBYTE
-    with pytest.raises(WeightsError, match=r"a\.pt is not a PyTorch file of tensors alone"):
-        torch_weights.read_file(path)
-
-
-def test_tensors_of_many_elements_in_few_bytes(tmp_path, little_memory, torch):
-    path = tmp_path / "a.pt"
-    for tensor in (
-        torch.ones(1, dtype=torch.float16).expand(10**6, 10**6),
-        torch.eye(3).to_sparse(),
-    ):
-        torch.save({"w": tensor}, path)
-        with pytest.raises(WeightsError, match=r"a\.pt is not a PyTorch file of tensors alone"):
-            torch_weights.read_file(path)
-    endless = {}
-    endless["again"] = endless
-    torch.save(endless, path)
-    with pytest.raises(WeightsError, match="is no state dict"):
-        torch_weights.released_tensors(torch_weights.read_file(path))
-
-
-# --- others --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000])

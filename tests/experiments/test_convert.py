@@ -4,15 +4,17 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import chex
-import jax
 import numpy as np
 import programs
 import pytest
+import test_fuzz
 from paths import GOLDEN, ROOT
 from seeded_weights import seeded_weights
-from small import distinct_config, parsed, small_model, small_network
+from small import distinct_config, parsed, small_model
+from test_harmful_files import MakesFolder, in_little_memory
 
 import diffpose_jax
 from configs import h36m_released
@@ -21,23 +23,14 @@ from diffpose_jax.detectors import hrnet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io.trees import CheckpointError
+from diffpose_jax.method import diffusion
 
-torch = pytest.importorskip("torch", reason="PyTorch files are converted only with PyTorch")
+torch = pytest.importorskip("torch", reason="PyTorch is needed, the extra `test_torch`")
 convert = programs.load("convert").convert
 
 SPEC = GOLDEN / "diffpose_state_dict.json"
 NORMS = [f"denoise_fn.res_pose{block}.bn{layer}" for block in (1, 2) for layer in (1, 2)]
-SCHEDULE = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-    "posterior_mean_coef1", "posterior_mean_coef2", "p2_loss_weight",
-)  # fmt: skip
-"""Buffers of the published program's diffusion."""
-
-
-def small_parsed(**changes):
-    return parsed(distinct_config(**changes))
+SCHEDULE = tuple(torch_weights.schedule_buffers(diffusion.cosine_schedule(25, 0.008, 0.999)))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def case():
 
 
 def buffers(case):
-    """All that the published program's state dict has beside parameters, with its numbers."""
+    """What the published program's state dict has beside parameters."""
     rng = np.random.default_rng(0)
     of_schedule = {name: case.get(f"schedule/{name}", np.ones(25)) for name in SCHEDULE}
     of_norms = {}
@@ -95,11 +88,10 @@ def released(state_dicts, tmp_path_factory):
 def exported(released):
     """The export, by the program itself, and what it printed."""
     output = released.parent / "export"
-    arguments = ["--torch", released, "--output", output]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "experiments.convert", *map(str, arguments)],
+        [sys.executable, "-W", "error", "-m", "experiments.convert",
+         "--torch", released, "--output", output],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return output, done.stdout
@@ -119,13 +111,6 @@ def test_the_export_has_the_released_configuration(exported):
 def test_raw_and_ema_weights(released, state_dicts, exported, tmp_path):
     what, unused = convert(released, tmp_path / "ema", "ema", parsed(h36m_released.get_config()))
     assert what == "a DiffPose model, ema weights"
-    assert set(unused) == {
-        *SCHEDULE, "condition_emb.pos_encoder.centers", "condition_emb.conf_out.weight",
-        "condition_emb.conf_out.bias",
-        *(f"{norm}.{kind}" for norm in NORMS for kind in (
-            "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
-        )),
-    }  # fmt: skip
     for folder, kind in ((exported[0], "raw"), (tmp_path / "ema", "ema")):
         model = inference.load(folder)
         tensors = torch_weights.to_torch(model.params, model.network.schedule)
@@ -171,136 +156,135 @@ def small_file(tmp_path_factory):
     return path
 
 
-def error_of(path, output, weights="raw", config=None):
+def error_of(path, output, weights="raw"):
     with pytest.raises(WeightsError) as error:
-        convert(path, output, weights, config or small_parsed())
+        convert(path, output, weights, parsed(distinct_config()))
     assert str(path) in str(error.value)
     assert not output.exists()
     return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("weights", "changes", "problem"),
+    ("weights", "value", "problem"),
     [
-        ("raw", {"denoise_fn.pose.weight": None}, "denoise_fn.pose.weight is missing."),
-        ("ema", {"denoise_fn.pose.weight": None}, "denoise_fn.pose.weight is missing."),
-        ("raw", {"denoise_fn.pose.bias": [0.0]}, "denoise_fn.pose.bias are no tensors"),
+        ("raw", None, "denoise_fn.pose.weight is missing."),
+        ("ema", None, "denoise_fn.pose.weight is missing."),
+        ("raw", [0.0], "denoise_fn.pose.weight are no tensors"),
     ],
 )
-def test_a_wrong_tensor_is_named(small_file, tmp_path, weights, changes, problem):
+def test_a_wrong_tensor_is_named(small_file, tmp_path, weights, value, problem):
     content = torch.load(small_file, weights_only=True)
     part, prefix = {"raw": ("model", ""), "ema": ("ema", "ema_model.")}[weights]
-    for name, value in changes.items():
-        content[part][prefix + name] = value
-        if value is None:
-            del content[part][prefix + name]
+    name = f"{prefix}denoise_fn.pose.weight"
+    content[part][name] = value
+    if value is None:
+        del content[part][name]
     path = tmp_path / "changed.pt"
     torch.save(content, path)
     assert problem in error_of(path, tmp_path / "output", weights)
     other = {"raw": "ema", "ema": "raw"}[weights]  # which is whole
-    convert(path, tmp_path / "output", other, small_parsed())
+    convert(path, tmp_path / "output", other, parsed(distinct_config()))
 
 
 def test_a_state_dict_alone(small_file, tmp_path):
-    content = torch.load(small_file, weights_only=True)
     path = tmp_path / "plain.pt"
-    torch.save(content["model"], path)
+    torch.save(torch.load(small_file, weights_only=True)["model"], path)
     assert "holds no ema weights" in error_of(path, tmp_path / "output", "ema")
-    convert(path, tmp_path / "output", "raw", small_parsed())
-    convert(small_file, tmp_path / "whole", "raw", small_parsed())
-    plain, whole = (inference.load(tmp_path / name).params for name in ("output", "whole"))
-    chex.assert_trees_all_equal(plain, whole)
+    convert(path, tmp_path / "output", "raw", parsed(distinct_config()))
+    plain = inference.load(tmp_path / "output")
+    chex.assert_trees_all_equal(plain.params, small_model().params)
 
 
 @pytest.mark.parametrize(
     ("content", "weights", "problem"),
     [
         ({"model": {"a": torch.ones(2)}}, "ema", "holds no ema weights: 'ema' is missing"),
-        ({"ema": {"a": torch.ones(2)}}, "raw", "holds no raw weights: 'model' is missing"),
         ([torch.ones(2)], "raw", "holds a list, not a dictionary of tensors"),
         ({}, "raw", "is no state dict: it is empty"),
         ({"epoch": 3, "lr": 0.1}, "raw", "is no state dict: epoch, lr are no tensors"),
         ({"weights": torch.ones(2)}, "raw", "weights do not fit the network: "),
+        ({"final_layer.weight": torch.zeros(17, 48, 1, 1)}, "raw",
+         "final_layer.weight is (17, 48, 1, 1), not (16, 32, 1, 1)"),
     ],
-)
+)  # fmt: skip
 def test_other_contents(tmp_path, content, weights, problem):
     path = tmp_path / "other.pt"
     torch.save(content, path)
     assert problem in error_of(path, tmp_path / "output", weights)
 
 
-def test_no_such_file(tmp_path):
-    assert "nothing.pt does not exist" in error_of(tmp_path / "nothing.pt", tmp_path / "output")
+def test_no_file_or_a_truncated_one(small_file, tmp_path):
+    path, output = tmp_path / "half.pt", tmp_path / "output"
+    assert "half.pt does not exist" in error_of(path, output)
+    path.write_bytes(small_file.read_bytes()[:-100])
+    assert "is not a PyTorch file of tensors alone" in error_of(path, output)
 
 
-@pytest.mark.parametrize("keep", [0, 5000, -100])
-def test_a_truncated_file(small_file, tmp_path, keep):
-    path = tmp_path / "half.pt"
-    path.write_bytes(small_file.read_bytes()[:keep])
-    message = error_of(path, tmp_path / "output")
-    assert "is not a PyTorch file of tensors alone" in message
-
-
-class Program:
-    """Unpickled, it would run a command."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
+@test_fuzz.pytestmark
+@pytest.mark.parametrize(
+    "cases", [test_fuzz.FAST_CASES, pytest.param(test_fuzz.SLOW_CASES, marks=pytest.mark.slow)]
+)
+def test_mutated_files(tmp_path, cases):
+    problems = test_fuzz.run(tmp_path, cases, ["torch_files"])["torch_files"]
+    assert not problems, "\n\n".join(problems[:10])
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(
     pickle.dumps(content))], ids=["zip", "pickle"])  # fmt: skip
 def test_code_in_a_file_does_not_run(tmp_path, write):
-    made = tmp_path / "made"
-    path = tmp_path / "model.pt"
-    write({"model": Program(f"touch {made}")}, path)
+    made, path = tmp_path / "made", tmp_path / "model.pt"
+    write({"model": MakesFolder(made)}, path)
     message = error_of(path, tmp_path / "output")
     assert not made.exists()
     assert "weights_only" not in message  # PyTorch's own advice
     assert len(message) < 300
-    pickle.loads(pickle.dumps(Program(f"touch {made}")))
-    assert made.exists()
+
+
+def test_a_file_that_unpacks_to_much_more(tmp_path):
+    torch.save({"w": torch.zeros(8 << 20)}, tmp_path / "whole.pt")
+    path = tmp_path / "a.pt"
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert path.stat().st_size < 1 << 20
+    assert "is not a PyTorch file of tensors alone" in error_of(path, tmp_path / "output")
+
+
+def test_tensors_of_many_elements_in_few_bytes(tmp_path):
+    path, output = tmp_path / "a.pt", tmp_path / "output"
+    many = torch.ones(1, dtype=torch.float16).expand(10**6, 10**6)
+    with in_little_memory():
+        for tensor in (many, torch.eye(3).to_sparse()):
+            torch.save({"w": tensor}, path)
+            assert "is not a PyTorch file of tensors alone" in error_of(path, output)
+        endless = {}
+        endless["again"] = endless
+        torch.save(endless, path)
+        assert "is no state dict" in error_of(path, output)
 
 
 def test_nothing_is_overwritten(small_file, tmp_path):
     with pytest.raises(CheckpointError, match="there already"):
-        convert(small_file, tmp_path, "raw", small_parsed())
+        convert(small_file, tmp_path, "raw", parsed(distinct_config()))
     assert not list(tmp_path.iterdir())
 
 
 def test_no_pytorch_file_of_another_encoder(tmp_path):
-    network = small_network(encoder="candidates")
-    params = jax.tree.map(
-        lambda p: np.zeros(p.shape, p.dtype), jax.eval_shape(network.init, jax.random.key(0))
-    )
+    model = small_model(encoder="candidates")
     with pytest.raises(WeightsError, match='no other encoder than the "embedding"'):
-        torch_weights.write_file(tmp_path / "model.pt", params, network.schedule)
+        torch_weights.write_file(tmp_path / "model.pt", model.params, model.network.schedule)
     assert not list(tmp_path.iterdir())
 
 
-# --- the detector ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def hrnet_tensors():
-    return seeded_weights(GOLDEN / "hrnet_w32_state_dict.json", seed=7)
-
-
-@pytest.mark.parametrize("layout", ["plain", "net"])
-def test_hrnet_becomes_a_detector(hrnet_tensors, tmp_path, layout):
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_hrnet_becomes_a_detector(tmp_path, is_nested):
+    arrays = seeded_weights(GOLDEN / "hrnet_w32_state_dict.json", seed=7)
     path, output = tmp_path / "pose_hrnet_w32_256x256.pth", tmp_path / "hrnet"
-    tensors = tensors_of(hrnet_tensors)
-    torch.save({"plain": tensors, "net": {"epoch": 12, "net": tensors}}[layout], path)
-    assert convert(path, output, "raw", small_parsed()) == ("the detector HRNet-W32", [])
-    chex.assert_trees_all_equal(detectors.load(output).params, hrnet.from_torch(hrnet_tensors))
-
-
-def test_another_detector(tmp_path):
-    path = tmp_path / "hrnet_w48.pth"
-    torch.save({"final_layer.weight": torch.zeros(17, 48, 1, 1)}, path)
-    message = error_of(path, tmp_path / "output")
-    assert "final_layer.weight is (17, 48, 1, 1), not (16, 32, 1, 1)" in message
-    assert "conv1.weight is missing" in message
+    tensors = tensors_of(arrays)
+    torch.save({"epoch": 12, "net": tensors} if is_nested else tensors, path)
+    what, unused = convert(path, output, "raw", parsed(distinct_config()))
+    assert (what, unused) == ("the detector HRNet-W32", [])
+    chex.assert_trees_all_equal(detectors.load(output).params, hrnet.from_torch(arrays))
