@@ -155,16 +155,14 @@ def test_argmax_errors_are_like_a_detectors():
     assert 0.96 < ((cells > -0.5) & (cells < 63.5)).all((1, 2)).mean() < 0.995
 
 
-def test_ambiguous_share_is_the_published_one():
+def test_heatmaps_are_like_a_detectors():
     made = examples()
-    wide = np.asarray(fit_gaussians(made["rendered"]).sigma_px[..., 0] > 5.0)
-    # 6.4 % in Human3.6M's test set; the standard error here is 0.7 %.
+    rendered = made["rendered"]
+    wide = np.asarray(fit_gaussians(rendered).sigma_px[..., 0] > 5.0)
+    # Ambiguous: 6.4 % in Human3.6M's test set; the standard error here is 0.7 %.
     assert 0.045 < wide.any(1).mean() < 0.085
     assert wide[made["hidden"]].mean() > 2 * wide[~made["hidden"]].mean()
-
-
-def test_heatmaps_have_faint_background_of_both_signs():
-    rendered = examples()["rendered"]
+    # A faint background of both signs.
     assert -0.02 < rendered.min() < -0.003
     assert np.median(np.abs(rendered)) < 0.003
     assert 0.2 < (rendered < 0).mean() < 0.6

