@@ -92,17 +92,15 @@ def test_random_numbers_against_rotations_by_definition(tmp_path):
 
 
 def test_units_and_angles(tmp_path):
-    radians = asf_text(
-        {**BONES, "shin": ((0, -1, 0), 3, f"0 0 {np.pi / 2} XYZ", "rx rz")},
-        HIERARCHY,
-        units=("mass 1.0", "length 2.54", "angle rad"),
-    )
-    frames = [
-        {key: (*v[:-3], *np.radians(v[-3:])) if key == "root" else np.radians(v)
-         for key, v in frame.items()} for frame in FRAMES
-    ]  # fmt: skip
     expected = read_amc(write(tmp_path)).positions
-    found = read_amc(write(tmp_path, radians, amc_text(frames, header=())))
+    shin = ((0, -1, 0), 3, f"0 0 {np.pi / 2} XYZ", "rx rz")
+    units = ("mass 1.0", "length 2.54", "angle rad")
+    asf = asf_text({**BONES, "shin": shin}, HIERARCHY, units)
+    frames = [
+        {"root": (*frame["root"][:3], *np.radians(frame["root"][3:])),
+         "shin": np.radians(frame["shin"])} for frame in FRAMES
+    ]  # fmt: skip
+    found = read_amc(write(tmp_path, asf, amc_text(frames, header=())))
     np.testing.assert_allclose(found.positions, expected, atol=1e-12)
     assert found.unit_mm == pytest.approx(10)
     # The motion file has the last word on its own angles.

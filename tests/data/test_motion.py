@@ -1,8 +1,6 @@
 """The TFDS builder, end to end on a tiny configuration, and the variation of bodies."""
 
 import collections
-import subprocess
-import sys
 
 import ml_collections
 import numpy as np
@@ -136,22 +134,6 @@ def test_clips_are_thinned_and_divided_as_configured(folder, tmp_path):
     found = motion.read_all(motion.prepare(fields, tmp_path), "test")["clip"]
     clips = [thin(clip, 2.0) for clip in motion.load_embedded() if clip.split == "test"]
     assert collections.Counter(found.tolist()) == {c.name: len(c.positions_mm) for c in clips}
-
-
-def test_tensorflow_is_never_imported(folder, tmp_path):
-    program = f"""
-import sys
-from diffpose_jax.data import motion
-builder = motion.prepare({tiny(folder).to_dict()!r}, {str(tmp_path)!r})
-assert builder.as_data_source("train")[0]["heatmaps"].shape == (16, 64, 64)
-motion.read_all(builder, "test")
-assert "tensorflow" not in sys.modules
-"""
-    command = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert "WARNING" not in done.stderr
 
 
 # Bodies.

