@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import programs
 import pytest
 from paths import ROOT
 from small import examples, write_motion
@@ -31,18 +31,16 @@ from small import small_config
 
 def get_config():
     config = small_config(
-        num_steps={num_steps},
-        steps_per_dispatch={steps_per_dispatch},
-        checkpoint_every={checkpoint_every},
+        num_steps=60,
+        steps_per_dispatch=2,
+        checkpoint_every=4,
         decay="cosine",
         ema_decay=0.9,
         draws_per_image=2,
     )
     config.data.predrawn_candidates = 8
     config.data.calibration_share = 0.5
-    config.data.builder.update(
-        source={source!r}, train_views_per_frame=1, test_views_per_frame=1
-    )
+    config.data.builder.update(source={source!r}, train_views_per_frame=1, test_views_per_frame=1)
     config.evaluation.weights = "ema"
     return config
 """
@@ -54,39 +52,17 @@ class Workplace:
     def __init__(self, folder):
         self.folder = folder
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self.environment = programs.environment(folder)
         source = str(write_motion(folder / "motion"))
         self.config = folder / "tiny.py"
-        self.config.write_text(
-            CONFIG.format(
-                num_steps=NUM_STEPS,
-                steps_per_dispatch=STEPS_PER_DISPATCH,
-                checkpoint_every=CHECKPOINT_EVERY,
-                source=source,
-            )
-        )
-
-    @property
-    def environment(self):
-        return {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "tests"),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-            "JAX_NUMPY_RANK_PROMOTION": "raise",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        self.config.write_text(CONFIG.format(source=source))
 
     def start(self, module, *arguments):
         # Into files: a pipe that nobody reads would stop the process when it is full.
         with self.stdout.open("w") as stdout, self.stderr.open("w") as stderr:
+            command = [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
             return subprocess.Popen(
-                [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=stdout,
-                stderr=stderr,
+                command, cwd=ROOT, env=self.environment, stdout=stdout, stderr=stderr
             )
 
     def run(self, module, *arguments):
@@ -96,14 +72,8 @@ class Workplace:
         return self.stdout.read_text()
 
     def training(self, workdir):
-        return (
-            "--config",
-            self.config,
-            "--workdir",
-            workdir,
-            "--data_dir",
-            self.folder / "data",
-        )
+        data = ("--data_dir", self.folder / "data")
+        return ("--config", self.config, "--workdir", workdir, *data)
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +114,9 @@ def assert_same_runs(run, other):
 def test_train_writes_all_that_is_promised(run):
     written = {path.name for path in run.iterdir()}
     assert written >= {
-        "config.json",
-        "checkpoints",
-        "metrics.jsonl",
-        "results.json",
-        "report.html",
-        "figures",
-        "calibration.json",
-        "baselines.npz",
-        "tables.md",
-        "table_all.csv",
-    }
+        "config.json", "checkpoints", "metrics.jsonl", "results.json", "report.html", "figures",
+        "calibration.json", "baselines.npz", "tables.md", "table_all.csv",
+    }  # fmt: skip
     assert [name for name in written if name.startswith(".")] == [".lock"]
     lines = scalars.read_scalars(run / "metrics.jsonl")
     steps = np.arange(STEPS_PER_DISPATCH, NUM_STEPS + 1, STEPS_PER_DISPATCH)
@@ -172,7 +134,6 @@ def test_train_writes_all_that_is_promised(run):
     assert start["data_fingerprint"] == model.data_fingerprint != ""
     assert start["versions"]["jax"] == jax.__version__
     assert start["devices"] == ["cpu"]
-    assert config["training"]["num_steps"] == NUM_STEPS
     assert list((run / "figures").glob("*.png"))
     assert "<html" in (run / "report.html").read_text()
 
@@ -183,9 +144,7 @@ def test_results_of_training(run):
     methods = results["subsets"]["all"]
     assert methods["frames"] == 8
     assert {"model", "mean_pose", "regression", "gaussian"} < set(methods)
-    chosen = methods["model_heatmap_agreement"]
-    assert 0 <= chosen["coverage"] <= 1
-    assert chosen["radius_mm"] > 0
+    assert 0 <= methods["model_heatmap_agreement"]["coverage"] <= 1
     calibration = calibration_lib.read_calibration(run, "heatmap_agreement")
     assert (calibration.num_frames, calibration.num_groups) == (12, 1)
     assert set(methods["model"]["mpjpe_best_at"]) == {"1", "2", "5", "10", "20"}
@@ -210,22 +169,21 @@ def test_evaluate(workplace, run, tmp_path):
     before = (run / "results.json").read_bytes()
     printed = workplace.run(
         "evaluate",
-        *("--checkpoint", run, "--num_hypotheses", 3),
+        *("--checkpoint", run, "--num_hypotheses", 3, "--solver", "ddim:2"),
         *("--output", tmp_path / "output", "--data_dir", workplace.folder / "data"),
     )
     results = read_json(tmp_path / "output" / "results.json")
     assert results["num_hypotheses"] == 3
-    assert set(results["subsets"]["all"]["gaussian"]["mpjpe_best_at"]) == {"1", "2", "3"}
+    ours, theirs = (of["subsets"]["all"] for of in (results, json.loads(before)))
+    assert set(ours["gaussian"]["mpjpe_best_at"]) == {"1", "2", "3"}
+    assert ours["model"]["mpjpe_mean"] != theirs["model"]["mpjpe_mean"]
+    assert ours["regression"] == pytest.approx(theirs["regression"])
     assert (tmp_path / "output" / "report.html").exists()
     assert (run / "results.json").read_bytes() == before
     for word in ("mpjpe_best", "mean_pose", "regression", "gaussian"):
         assert word in printed
-    # The baselines do not depend on the model or on the number of hypotheses.
-    ours, theirs = (
-        results_of["subsets"]["all"]["regression"]
-        for results_of in (results, read_json(run / "results.json"))
-    )
-    assert ours == pytest.approx(theirs)
+    with pytest.raises(ConfigError, match=r"the solver must be .* not 'euler'"):
+        results_lib.evaluate_run(run, tmp_path, solver="euler")
 
 
 def test_export(workplace, run, tmp_path):
@@ -238,8 +196,6 @@ def test_export(workplace, run, tmp_path):
     assert model.config.evaluation.weights == "ema"
     maps = examples(0, 1).heatmaps(np.arange(1))
     samples, ours = (np.asarray(m.sample(jax.random.key(0), maps, 4)) for m in (exported, model))
-    assert samples.shape == (1, 4, 17, 3)
-    assert np.isfinite(samples).all()
     assert samples.tobytes() == ours.tobytes()
 
 
@@ -262,16 +218,11 @@ def test_the_notebook_runs(workplace, run, tmp_path):
         "DIFFPOSE_NUM_FRAMES": "8",
         "PYTHONPATH": str(ROOT),
     }
-    arguments = [NOTEBOOK, NOTEBOOK.parent, tmp_path / "executed.ipynb"]
-    done = subprocess.run(
-        [sys.executable, "-c", EXECUTE, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    executed = tmp_path / "executed.ipynb"
+    command = [sys.executable, "-c", EXECUTE, NOTEBOOK, NOTEBOOK.parent, executed]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for cell in code_cells(tmp_path / "executed.ipynb")[1:]:
+    for cell in code_cells(executed)[1:]:
         assert cell["outputs"] or "=" in cell["source"][-1], cell["source"]
 
 
@@ -281,9 +232,8 @@ def code_cells(notebook):
 
 def test_the_notebook_is_stored_with_its_outputs():
     cells = code_cells(NOTEBOOK)
-    kinds = [
-        kind for cell in cells for output in cell["outputs"] for kind in output.get("data", {})
-    ]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
     assert kinds.count("image/png") == 4
     assert kinds.count("text/markdown") == 2
     assert all(cell["execution_count"] for cell in cells)
@@ -316,11 +266,8 @@ def test_human36m_from_the_published_file_to_tables(workplace, tmp_path):
     config.write_text(HUMAN36M)
     workplace.run("train", "--config", config, "--workdir", tmp_path / "run", *data)
     results = read_json(tmp_path / "run" / "results.json")
-    (action,) = results["groups"]["action"]
+    assert len(results["groups"]["action"]) == 1
     assert results["subsets"]["all"]["frames"] == 1
-    assert results["averages"]["action"]["model"]["mpjpe_best"] == pytest.approx(
-        results["groups"]["action"][action]["model"]["mpjpe_best"]
-    )
     assert "Wehrbein et al., published" in (tmp_path / "run" / "tables.md").read_text()
 
     workplace.run(
@@ -329,24 +276,8 @@ def test_human36m_from_the_published_file_to_tables(workplace, tmp_path):
         *("--config", ROOT / "configs" / "protocols.py:human36m_released"),
         *("--config.evaluation.baselines=False", "--num_hypotheses", "2,3"),
     )
-    counts = [
-        read_json(tmp_path / "protocol" / name)["num_hypotheses"]
-        for name in ("results.json", "results_2.json")
-    ]
-    assert counts == [3, 2]
-
-
-def test_evaluate_with_fewer_steps(workplace, run, tmp_path):
-    data = ("--data_dir", workplace.folder / "data")
-    output = tmp_path / "output"
-    workplace.run("evaluate", "--checkpoint", run, "--solver", "ddim:2", "--output", output, *data)
-    ours, theirs = (
-        read_json(folder / "results.json")["subsets"]["all"] for folder in (output, run)
-    )
-    assert ours["model"]["mpjpe_best"] != theirs["model"]["mpjpe_best"]
-    assert ours["regression"] == theirs["regression"]
-    with pytest.raises(ConfigError, match=r"the solver must be .* not 'euler'"):
-        results_lib.evaluate_run(run, output, solver="euler")
+    for name, count in (("results.json", 3), ("results_2.json", 2)):
+        assert read_json(tmp_path / "protocol" / name)["num_hypotheses"] == count
 
 
 def test_killed_and_started_again(workplace, run):
@@ -372,17 +303,14 @@ def test_killed_and_started_again(workplace, run):
     ("module", "arguments", "message"),
     [
         ("train", ["--config", "CONFIG", "--config.model.foo=1"], "foo"),
-        (
-            "train",
-            ["--config", "CONFIG", "--config.model.num_samples=8"],
-            "config.model.num_samples is called config.model.num_candidates now",
-        ),
+        ("train", ["--config", "CONFIG", "--config.model.num_samples=8"],
+         "config.model.num_samples is called config.model.num_candidates now"),
         ("train", [], "--config is missing"),
         ("evaluate", ["--checkpoint", "no/such/run"], "no/such/run does not exist"),
         ("evaluate", ["--checkpoint", "x", "--num_hypotheses", "0"], "must be at least 1"),
         ("prepare", ["--dataset", "motion", "--source", "no/such/folder"], "no/such/folder"),
     ],
-)
+)  # fmt: skip
 def test_errors(workplace, tmp_path, module, arguments, message):
     arguments = [str(workplace.config) if word == "CONFIG" else word for word in arguments]
     option = {"train": "--workdir", "evaluate": "--output", "prepare": "--data_dir"}[module]
@@ -390,13 +318,11 @@ def test_errors(workplace, tmp_path, module, arguments, message):
     process = workplace.start(module, *arguments, *output)
     assert process.wait(timeout=120) > 0
     assert message in workplace.stderr.read_text()
-
     assert not (tmp_path / "output" / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_benchmark(workplace):
-    """Prints a JSON object a line, with the figures that it promises."""
+def test_benchmark_of_the_data(workplace):
     printed = workplace.run("benchmark", "--parts", "data", "--examples", 1000)
     machine, data = map(json.loads, printed.splitlines())
     assert machine["backend"] == "cpu"
@@ -420,9 +346,8 @@ def test_benchmark_beside_the_floor(workplace, tmp_path):
     measured = [line for line in lines if "seconds" in line]
     assert len(measured) == 4
     for line in measured:
-        assert line["efficiency"] == pytest.approx(
-            line["floor_seconds"] / line["seconds"], rel=1e-2
-        )
+        ratio = line["floor_seconds"] / line["seconds"]
+        assert line["efficiency"] == pytest.approx(ratio, rel=1e-2)
         assert 0 < line["efficiency"] < 2
         assert line["peak_memory_mb"] > 100
     assert measured[0]["floor_seconds"] > 5 * measured[1]["floor_seconds"]
