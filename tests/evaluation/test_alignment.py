@@ -68,8 +68,5 @@ def test_rotation_stays_a_rotation_when_it_is_not_unique(axes):
         np.testing.assert_allclose(turned, scale[:, None, None] * gram, atol=2)
         # Least squares: the residual is what float64 leaves.
         if np.any(axes) or pose is TRUTH:
-            best = align_by_svd(pose, target)
-            np.testing.assert_allclose(
-                ((aligned - target) ** 2).sum((1, 2)), ((best - target) ** 2).sum((1, 2)),
-                rtol=1e-4, atol=1e-3,
-            )  # fmt: skip
+            squares = ((np.stack([aligned, align_by_svd(pose, target)]) - target) ** 2).sum((2, 3))
+            np.testing.assert_allclose(*squares, rtol=1e-4, atol=1e-3)

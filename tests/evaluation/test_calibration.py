@@ -16,10 +16,7 @@ radius = jax.jit(calibration.radius)
 
 
 def draw_frames(seed, num_frames, M=50, too_narrow=1.6):
-    """Truths and hypotheses Gaussian about the same pose; the hypotheses lie too close to it.
-
-    Frames have very different spreads, so that only radii that follow them can cover well.
-    """
+    """Both Gaussian about the same pose, hypotheses too close to it; spreads differ by frame."""
     rng = np.random.default_rng(seed)
     sigma = np.exp(rng.normal(size=(num_frames, 1, 1)) * 0.7) * np.linspace(10, 50, 17)[:, None]
     sigma[:, 0] = 0
@@ -49,7 +46,7 @@ def test_calibrated_radii_cover_fresh_frames(level):
     assert after[0] == 1
 
 
-@pytest.mark.parametrize("level", [0.05, 0.5, 0.7, 0.9, 0.95])
+@pytest.mark.parametrize("level", [0.05, 0.7, 0.95])
 @pytest.mark.parametrize("N", [19, 20, 99])
 def test_factor_has_the_conformal_rank(level, N):
     """Against the integer arithmetic of ceil((n + 1) q), levels in hundredths."""
@@ -58,10 +55,8 @@ def test_factor_has_the_conformal_rank(level, N):
     fitted = fit_calibration(20 * scores, np.full((N, 17), 20.0), level, np.arange(N))
     assert np.all(fitted.factor == rank)
     assert "too few" not in fitted.meaning
-    # Radii below 1 mm count as 1 mm.
-    assert np.all(
-        fit_calibration(scores, np.full((N, 17), 0.01), level, np.arange(N)).factor == rank
-    )
+    small = fit_calibration(scores, np.full((N, 17), 0.01), level, np.arange(N))
+    assert np.all(small.factor == rank)  # radii below 1 mm count as 1 mm
 
 
 def test_groups_count_alike():

@@ -25,10 +25,6 @@ ALL = np.arange(NUMBER) < 18
 SUBSETS = {"all": ALL, "ambiguous": WIDE, "clear": ALL & ~WIDE, "none": np.zeros(NUMBER, bool)}
 
 
-def regression_inputs(maps):
-    return np.asarray(evaluate.regression_inputs(jnp.asarray(maps)))
-
-
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -42,7 +38,7 @@ def test_split():
 @pytest.fixture(scope="module")
 def fitted():
     train = examples(1, 40)
-    inputs = regression_inputs(train.heatmaps(np.arange(40)))
+    inputs = np.asarray(evaluate.regression_inputs(jnp.asarray(train.heatmaps(np.arange(40)))))
     how = {"steps": 10, "batch_size": 16, "width": 8, "learning_rate": 1e-3}
     return baselines.fit_baselines(jax.random.key(1), inputs, train.pose_mm, **how)
 
@@ -120,7 +116,7 @@ def test_the_model_is_scored_on_its_own_hypotheses(contents, poses_mm, test_spli
 
 
 def test_the_baselines_are_scored(contents, fitted, test_split):
-    inputs = regression_inputs(test_split.heatmaps(np.arange(NUMBER)))
+    inputs = evaluate.regression_inputs(jnp.asarray(test_split.heatmaps(np.arange(NUMBER))))
     regression = np.asarray(baselines.predict(fitted.regression, inputs))
     for method, pose_mm in {"regression": regression, "mean_pose": fitted.mean_pose_mm}.items():
         error = np.linalg.norm(np.float64(pose_mm) - test_split.pose_mm, axis=-1)[ALL].mean()
