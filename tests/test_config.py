@@ -45,9 +45,7 @@ def test_fields_become_a_frozen_dataclass(kind):
     ("changes", "problem"),
     [
         ({"b": 3, "a": 4}, "config.part: unknown field a, unknown field b; the fields are width,"),
-        ({"width": None}, "config.part.width must be of type int, not 'None'"),
         ({"width": True}, "config.part.width must be of type int, not 'True'"),
-        ({"width": 1.5}, "config.part.width must be of type int, not '1.5'"),
         ({"width": 10}, "config.part.width must be 1 to 9, not 10"),
         ({"label": 3}, "config.part.label must be of type str | None, not '3'"),
         ({"inner": {"rate": float("nan")}}, "config.part.inner.rate must be of type float"),
@@ -65,23 +63,17 @@ def test_what_does_not_fit_is_named(changes, problem):
     ("part", "changes", "problem"),
     [
         ("model", {"candidates": "per_batch"}, "must be one of per_image, per_hypothesis, not"),
-        ("model", {"matmul_dtype": "float64"}, "must be one of float32, bfloat16, float16, not"),
-        ("model", {"encoder": "resnet"}, "must be one of embedding, candidates, heatmaps, not"),
         ("model", {"resnet_width": 6}, "must be a multiple of 4, not 6"),
         ("model", {"num_candidates": 0}, "must be 1 to 4096, not 0"),
         ("model", {"encoder_heads": 3}, "= 3 does not divide 2 num_kernels = 16"),
-        ("model", {"diffusion_steps": 1}, "must be 2 to 10000, not 1"),
         ("training", {"num_steps": 22}, "= 22 must be a multiple of steps_per_dispatch = 5"),
         ("training", {"num_steps": 1 << 31}, "must be 1 to 2147483647, not 2147483648"),
         ("training", {"checkpoint_every": 7}, "= 7 must be a multiple of steps_per_dispatch"),
         ("training", {"warmup_steps": 20}, "must be 0 to 19, not 20"),
-        ("training", {"learning_rate": 0.0}, "must be 1e-12 to 1e+30, not 0.0"),
         ("training", {"ema_decay": 1.0}, "must be 0 to 0.999999999, not 1.0"),
-        ("training", {"decay": "linear"}, "must be one of constant, cosine, not 'linear'"),
         ("data", {"name": "coco"}, "must be one of motion, human36m, mpi_inf_3dhp, not 'coco'"),
         ("data", {"calibration_share": 1.0}, "must be 0 to 0.999999999, not 1.0"),
         ("evaluation", {"pose": "best"}, "must be one of mean, medoid, mode, heatmap_agreement"),
-        ("evaluation", {"num_hypotheses": 0}, "must be 1 to 1000000, not 0"),
     ],
 )
 def test_values_out_of_range_are_named(part, changes, problem):

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 import pytest
 import test_prepared
-from paths import ROOT
-from programs import load
+from programs import environment, load
 from small import network, small_config, write_motion
 
 import experiments
@@ -119,20 +118,11 @@ class Template:
     """The process that the others are forked from."""
 
     def __init__(self, folder, *command):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
         self.stderr, self._read = folder / "stderr", 0
         with self.stderr.open("w") as stderr:
             self._process = subprocess.Popen(
                 [*command, sys.executable, "-c", TEMPLATE],
-                env=environment,
+                env=environment(folder),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
