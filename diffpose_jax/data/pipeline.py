@@ -243,7 +243,7 @@ class TrainingData:
         positions = np.arange(step * batch_size, (step + num_steps) * batch_size)
         epochs, in_epoch = np.divmod(positions, len(self.examples))
         rows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             order = _order(self.seed, epoch, len(self.examples))
             rows[epochs == epoch] = order[in_epoch[epochs == epoch]]
         offsets = np.random.default_rng([self.seed, 1, step]).integers(0, 1 << 16, len(rows))
