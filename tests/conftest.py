@@ -8,13 +8,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # In the programs that tests start, what a user would be warned of is an error.
 os.environ["PYTHONWARNINGS"] = "error,ignore::DeprecationWarning"
 
-if os.environ.get("DIFFPOSE_TYPECHECK"):
-    from jaxtyping import install_import_hook
-
-    install_import_hook("diffpose_jax", "typechecking.check")
-
 from jaxtyping import install_import_hook
 
+# Before the package is imported: every test checks the shapes and types of its annotations.
 install_import_hook("diffpose_jax", "typechecking.check")
 
 import jax

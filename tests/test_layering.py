@@ -75,19 +75,6 @@ def test_no_imports_go_in_circles():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_the_parser_finds_each_kind_of_import(tmp_path):
-    (tmp_path / "module.py").write_text(
-        "import diffpose_jax\n"
-        "import numpy, diffpose_jax.distributed\n"
-        "from diffpose_jax.method import heatmaps as h\n"
-        "from diffpose_jax import load\n"
-        "from diffpose_jax.skeleton import H36M_JOINTS\n"
-        "def function():\n    from diffpose_jax.data import motion\n"
-    )
-    expected = ["", "distributed", "method.heatmaps", "", "skeleton", "data.motion"]
-    assert list(imported(tmp_path / "module.py")) == expected
-
-
 def test_no_module_imports_tensorflow_or_torch(tmp_path):
     """Both stand in the path, as they may on a user's machine, and tell when they are imported."""
     for name in ("tensorflow", "torch"):

@@ -178,19 +178,18 @@ def test_denoiser(diffpose):
     assert_close(eps, case["denoiser/eps"], of_std=1e-5)
 
 
-def denoise_from_heatmap_candidates(diffpose):
-    """(denoise(x_t, t, projected), projected) from the candidates on, without given conditions."""
+@pytest.fixture(scope="module")
+def projected(diffpose):
+    """The condition of the case's candidates, as the denoiser takes it."""
     case, network, params = diffpose
     condition = network.condition(params, given_candidates(case, "samples"))
-    projected = network.project_condition(params, condition)
-    return lambda *inputs: network.predict_noise(params, *inputs), projected
+    return network.project_condition(params, condition)
 
 
-def test_loss(diffpose):
-    case, network, _ = diffpose
-    denoise, projected = denoise_from_heatmap_candidates(diffpose)
+def test_loss(diffpose, projected):
+    case, network, params = diffpose
     loss = diffusion.noise_prediction_loss(
-        lambda x_t, t: denoise(x_t, t, projected),
+        lambda x_t, t: network.predict_noise(params, x_t, t, projected),
         network.schedule,
         network.pose_scale * jnp.asarray(case["loss/pose_m"]),
         jnp.asarray(case["loss/t"]),
@@ -199,9 +198,8 @@ def test_loss(diffpose):
     assert_close(loss, case["loss/value"], relative=1e-5)
 
 
-def test_reverse_chain(diffpose):
+def test_reverse_chain(diffpose, projected):
     case, network, params = diffpose
-    _, projected = denoise_from_heatmap_candidates(diffpose)
     steps = sampling.parse_solver(network.schedule)
 
     def chain(projected, noise):

@@ -107,15 +107,6 @@ def sample(key, denoise, projected, schedule, size, number):
     return np.concatenate([draw(key, jnp.arange(2000)) for key in keys])
 
 
-def test_chain_std():
-    """The factor of the recursion: below 1 with 25 steps, near it with many."""
-    stds = np.array([0.2, 0.6, 1.0, 2.0])
-    factors = chain_std(diffusion.cosine_schedule(), stds) / stds
-    np.testing.assert_allclose(factors, [0.796, 0.897, 0.918, 0.922], atol=1e-3)
-    factors = chain_std(diffusion.cosine_schedule(2000), stds) / stds
-    np.testing.assert_allclose(factors, 1.0, atol=0.01)
-
-
 @pytest.mark.parametrize("condition", [0, 1])
 @pytest.mark.parametrize(
     ("num_steps", "model_errors"), [(25, (0.02, 0.05, 0.02)), (400, (0.0, 0.0, 0.0))]

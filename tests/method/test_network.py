@@ -11,16 +11,12 @@ from paths import GOLDEN
 from small import random_heatmaps, small_model, small_network
 
 from diffpose_jax.method import diffusion, heatmaps
-from diffpose_jax.method.network import DiffPose
 from diffpose_jax.method.pose_vector import pose_to_vector, vector_to_pose
 from diffpose_jax.skeleton import H36M_JOINTS
 
 TRUTH = np.load(GOLDEN / "metrics_case.npz")["gt_mm"]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-# --- pose vectors ------------------------------------------------------------------------
 
 
 def hip_between_the_hips(poses_mm):
@@ -34,7 +30,6 @@ def test_a_pose_vector_is_axis_major_mean_centred_decimetres():
     expected = np.float64(TRUTH)[:, 1:] / 100
     expected = (expected - expected.mean(1, keepdims=True)).swapaxes(1, 2)
     np.testing.assert_allclose(vector, expected, atol=1e-5)
-    np.testing.assert_allclose(vector.mean(-1), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pose_scale", [1.0, 10.0])
@@ -47,19 +42,10 @@ def test_poses_to_vectors_and_back(pose_scale):
     assert not back[..., 0, :].any()
 
 
-def test_the_place_of_a_pose_is_not_in_its_vector():
-    moved = jnp.asarray(TRUTH + np.float32([300, -50, 4000]))
-    vector = pose_to_vector(jnp.asarray(TRUTH))
-    np.testing.assert_allclose(pose_to_vector(moved), vector, atol=1e-4)
-
-
 def random_samples(seed):
     rng = np.random.default_rng(seed)
     cells, likelihood = rng.integers(0, 64 * 64, (6, 16)), rng.uniform(0, 1, (6, 16))
     return heatmaps.Candidates(jnp.asarray(cells), jnp.asarray(likelihood, jnp.float32))
-
-
-# --- parameters and loss -----------------------------------------------------------------
 
 
 def test_parameters_of_the_paper_s_size():
@@ -74,7 +60,6 @@ def test_parameters_of_the_paper_s_size():
     denoiser = 1024 * 2098 + 4 * 1024 * 1025 + 48 * 1025
     sizes = {k: sum(p.size for p in jax.tree.leaves(tree)) for k, tree in params.items()}
     assert sizes == {"encoder": encoder, "denoiser": denoiser}
-    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
 def test_loss_has_one_condition_for_all_draws():
@@ -107,29 +92,6 @@ def test_loss_uses_dropout():
     assert jnp.abs(condition(first) - condition(second)).max() > 1e-3
 
 
-class SignOfCondition(DiffPose):
-    """A noise so large that x_0 is its clip with the condition's sign, whatever x_t is."""
-
-    def predict_noise(self, params, x_t, t, projected):
-        return jnp.broadcast_to(1e6 * projected[..., :48], x_t.shape)
-
-
-@pytest.mark.parametrize("candidates", ["per_image", "per_hypothesis"])
-def test_candidates_are_drawn_once_an_image_or_once_a_hypothesis(candidates):
-    small = small_model(denoiser_width=48, candidates=candidates)
-    fields = {f.name: getattr(small.network, f.name) for f in dataclasses.fields(DiffPose)}
-    maps = jnp.asarray(random_heatmaps(2, 2))
-    network = SignOfCondition(**fields)
-    poses_mm = network.draw(small.params, jax.random.key(0), small.solver, maps, 8).poses_mm
-    for image in poses_mm:
-        all_equal = len(np.unique(np.round(image), axis=0)) == 1
-        assert all_equal == (candidates == "per_image")
-    assert (jnp.round(poses_mm[0, 0]) != jnp.round(poses_mm[1, 0])).any()
-
-
-# --- configuration -----------------------------------------------------------------------
-
-
 def test_fields_reach_their_modules():
     network = small_network(
         candidates="per_hypothesis", coordinates="standardised", include_argmax=False,
@@ -146,8 +108,6 @@ def test_fields_reach_their_modules():
     expected = diffusion.cosine_schedule(5, 0.1, 0.999).betas
     np.testing.assert_array_equal(network.schedule.betas, expected)
     assert (network.pose_scale, network.clip) == (7.0, 3.0)
-    samples = jax.eval_shape(network.encoder_input, jax.random.key(0), jnp.zeros((16, 64, 64)))
-    assert samples.cells.shape == (9, 16)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +125,6 @@ def test_16_bits_are_near_float32(dtype, low, high):
         jax.jit(functools.partial(denoise, network))(exact.params)
         for network in (exact.network, rough)
     )
-    assert result.dtype == jnp.float32
     assert low < jnp.std(result - expected) / jnp.std(expected) < high
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bits_sample(dtype):
-    rough = small_model(matmul_dtype=dtype)
-    poses_mm = rough.sample(jax.random.key(1), random_heatmaps(2, 1), 3)
-    assert poses_mm.dtype == jnp.float32
+    poses_mm = small_model(matmul_dtype=dtype).sample(jax.random.key(1), random_heatmaps(2, 1), 3)
     assert jnp.isfinite(poses_mm).all()

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small import examples, parsed, small_config
+from small import parsed, small_config
 
 import diffpose_jax
 import experiments
-from diffpose_jax.inference import Model
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import network as network_lib
 from diffpose_jax.training import checkpoints
@@ -75,8 +74,16 @@ def assert_same_bits(a, b):
         assert x.tobytes() == y.tobytes(), path
 
 
+def run_checkpoints(folder, config=None):
+    return checkpoints.RunCheckpoints(folder / "checkpoints", config or make_config(), keep=2)
+
+
+def names_in(folder):
+    return {path.name for path in (folder / "checkpoints").iterdir()}
+
+
 def write_run(folder, config):
-    with checkpoints.RunCheckpoints(folder / "checkpoints", config, keep=2) as saved:
+    with run_checkpoints(folder, config) as saved:
         for state in states():
             saved.save(on_device(state))
     return folder
@@ -95,19 +102,16 @@ def run_folder(written, tmp_path):
 
 
 def restore(folder, config=None):
-    config = config or make_config()
-    with checkpoints.RunCheckpoints(folder / "checkpoints", config, keep=2) as saved:
-        return saved.restore_latest(make_trainer(config).init(KEY))
+    with run_checkpoints(folder, config) as saved:
+        return saved.restore_latest(make_trainer(config or make_config()).init(KEY))
 
 
-def test_restored_to_the_bit(written):
+def test_the_newest_is_restored_to_the_bit(written, tmp_path):
+    assert names_in(written) == {"10", "20"}
     restored = restore(written)
     assert isinstance(restored, TrainState)
     assert_same_bits(restored, states()[2])
-
-
-def test_only_the_newest_are_kept(written):
-    assert {p.name for p in (written / "checkpoints").iterdir()} == {"10", "20"}
+    assert restore(tmp_path) is None
 
 
 def test_one_too_many_is_removed(run_folder):
@@ -115,17 +119,13 @@ def test_one_too_many_is_removed(run_folder):
     folder = run_folder / "checkpoints"
     shutil.copytree(folder / "10", folder / "5")
     assert int(restore(run_folder).step) == 20
-    assert {p.name for p in folder.iterdir()} == {"10", "20"}
-
-
-def test_nothing_to_restore(tmp_path):
-    assert restore(tmp_path) is None
+    assert names_in(run_folder) == {"10", "20"}
 
 
 def test_no_moving_average(tmp_path):
     config = make_config({"training.ema_decay": 0.0})
     state = on_device(states()[1]).replace(ema=None)
-    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
+    with run_checkpoints(tmp_path, config) as saved:
         saved.save(state)
     assert_same_bits(restore(tmp_path, config), state)
     with pytest.raises(CheckpointError, match="holds no ema weights"):
@@ -135,10 +135,9 @@ def test_no_moving_average(tmp_path):
 def test_the_scale_of_a_float16_loss(tmp_path):
     config = make_config({"model.matmul_dtype": "float16"})
     first = make_trainer(config).init(KEY)
-    assert states()[1].loss_scale is None
     scale = first.loss_scale.replace(scale=jnp.float32(512.0), fin_steps=jnp.int32(1234))
     state = on_device(states()[1]).replace(loss_scale=scale)
-    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", config, keep=2) as saved:
+    with run_checkpoints(tmp_path, config) as saved:
         saved.save(state)
     restored = restore(tmp_path, config)
     assert_same_bits(restored, state)
@@ -162,7 +161,7 @@ def test_a_state_that_is_donated_while_it_is_saved(tmp_path):
     )
     state, _ = overwrite(state, np.zeros(2))
     expected = jax.tree.map(lambda x: x + np.ones((), x.dtype), expected)
-    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
+    with run_checkpoints(tmp_path) as saved:
         saved.save(state)
         for _ in range(20):
             state, _ = overwrite(state, np.zeros(2))
@@ -170,7 +169,7 @@ def test_a_state_that_is_donated_while_it_is_saved(tmp_path):
 
 
 def test_saving_a_step_again_leaves_it(run_folder):
-    with checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), 2) as saved:
+    with run_checkpoints(run_folder) as saved:
         saved.save(on_device(states()[0]).replace(step=jnp.int32(20)))
     assert_same_bits(restore(run_folder), states()[2])
 
@@ -180,15 +179,10 @@ def test_another_configuration_is_refused(written):
     config = make_config(changes, learning_rate=5e-3)
     with pytest.raises(CheckpointError) as error:
         restore(written, config)
-    message = str(error.value)
-    assert str(written) in message
-    assert "config.data.builder.simulator.error, config.seed, config.training.learning_rate" in (
-        message
-    )
-    assert "--workdir" in message
-
-
-def test_another_evaluation_is_accepted(written):
+    fields = "config.data.builder.simulator.error, config.seed, config.training.learning_rate"
+    for part in (str(written), fields, "--workdir"):
+        assert part in str(error.value)
+    # Another evaluation is accepted.
     config = make_config({"evaluation.num_hypotheses": 3, "evaluation.weights": "ema"})
     assert_same_bits(restore(written, config), states()[2])
 
@@ -200,13 +194,12 @@ def test_a_half_written_step_is_ignored(run_folder):
     (folder / "40").mkdir()  # and a folder without anything
     assert_same_bits(checkpoints.load(run_folder).params, states()[2].params)
     assert_same_bits(restore(run_folder), states()[2])
-    assert {path.name for path in folder.iterdir()} == {"10", "20", "40.damaged"}
+    assert names_in(run_folder) == {"10", "20", "40.damaged"}
 
 
-def test_load_from_every_folder(written, tmp_path):
+def test_load_from_every_folder(written):
     steps = written / "checkpoints"
     for folder, state in (
-        (written, states()[2]),
         (str(written), states()[2]),
         (steps, states()[2]),
         (steps / "20", states()[2]),
@@ -215,26 +208,10 @@ def test_load_from_every_folder(written, tmp_path):
         model = diffpose_jax.load(folder)
         assert_same_bits(model.params, state.params)
         assert model.config == make_config()
-    diffpose_jax.export(model, tmp_path / "export")
-    exported = diffpose_jax.load(tmp_path / "export")
-    assert_same_bits(exported.params, states()[1].params)
-    assert exported.config == make_config()
-
-
-def test_a_loaded_model_samples_as_the_one_saved(written, tmp_path):
-    config = make_config()
-    maps = examples(0, 1).heatmaps(np.arange(1))
-    loaded = diffpose_jax.load(written)
-    network = network_lib.build(config.model)
-    original = Model(network, on_device(states()[2].params), config)
-    a, b = (np.asarray(model.sample(KEY, maps, 2)) for model in (loaded, original))
-    assert a.tobytes() == b.tobytes()
 
 
 def test_raw_and_ema_weights(tmp_path, written):
     raw, ema = states()[2].params, states()[2].ema
-    assert make_config().evaluation.weights == "raw"
-    assert_same_bits(checkpoints.load(written, "raw").params, raw)
     assert_same_bits(checkpoints.load(written, "ema").params, ema)
     config = make_config({"evaluation.weights": "ema"})
     run = write_run(tmp_path / "run", config)
@@ -247,9 +224,12 @@ def test_raw_and_ema_weights(tmp_path, written):
         checkpoints.load(run, "best")
 
 
-def test_export_is_small_and_refuses_what_is_there(written, tmp_path):
+def test_an_export_is_the_model_is_small_and_overwrites_nothing(written, tmp_path):
     model = diffpose_jax.load(written)
     diffpose_jax.export(model, tmp_path / "export")
+    exported = diffpose_jax.load(tmp_path / "export")
+    assert_same_bits(exported.params, model.params)
+    assert exported.config == model.config
     size = sum(p.stat().st_size for p in (tmp_path / "export").rglob("*") if p.is_file())
     parameters = sum(x.size for x in jax.tree.leaves(model.params))
     assert size < 4 * parameters + 50_000
@@ -257,69 +237,8 @@ def test_export_is_small_and_refuses_what_is_there(written, tmp_path):
         diffpose_jax.export(model, tmp_path / "export")
 
 
-def test_missing(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nothing does not exist; name a training run"):
-        checkpoints.load(tmp_path / "nothing")
-
-
-def foreign_orbax(folder):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "it", {"weights": np.ones(3)})
-
-
-def foreign_orbax_with_metadata(folder):
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            folder / "it", args=ocp.args.Composite(metadata=ocp.args.JsonSave({"version": 3}))
-        )
-
-
-def foreign_list(folder):
-    foreign_orbax_with_metadata(folder)
-    (folder / "it" / "metadata" / "metadata").write_text("[1, 2]")
-
-
-def foreign_junk(folder):
-    (folder / "it" / "metadata").mkdir(parents=True)
-    (folder / "it" / "metadata" / "metadata").write_bytes(b"\x00\xffjunk")
-
-
-def foreign_empty(folder):
-    (folder / "it").mkdir()
-
-
-def foreign_file(folder):
-    (folder / "it").write_bytes(b"PK")
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        foreign_orbax,
-        foreign_orbax_with_metadata,
-        foreign_list,
-        foreign_junk,
-        foreign_empty,
-        foreign_file,
-    ],
-)
-def test_foreign(tmp_path, write):
-    write(tmp_path)
-    with pytest.raises(CheckpointError) as error:
-        checkpoints.load(tmp_path / "it")
-    assert str(tmp_path / "it") in str(error.value)
-
-
 def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def message_of(read, run_folder):
-    try:
-        read(run_folder)
-    except CheckpointError as error:
-        return str(error)
-    return "read without an error"
 
 
 def truncate(content):
@@ -338,30 +257,25 @@ def damage(run_folder, step, item, how):
 
 
 @pytest.mark.parametrize("how", [truncate, flip_a_bit])
-@pytest.mark.parametrize("item", ["params", "ema", "metadata"])
-def test_a_damaged_file_is_noticed(run_folder, item, how):
-    damage(run_folder, 20, item, how)
-    weights = {"params": "raw", "ema": "ema"}.get(item)
-    message = message_of(lambda folder: checkpoints.load(folder, weights), run_folder)
-    assert re.search(rf"20: (cannot read .*{item}|{item} is damaged)", message), message
-    assert len(message) < 1000
-
-
-@pytest.mark.parametrize("how", [truncate, flip_a_bit])
 @pytest.mark.parametrize("item", ["params", "ema", "optimizer", "metadata"])
 def test_a_damaged_step_is_put_aside_for_the_one_before(run_folder, item, how, caplog):
     damage(run_folder, 20, item, how)
-    with checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), keep=2) as saved:
+    if item != "optimizer":
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.load(run_folder, {"params": "raw", "ema": "ema"}.get(item))
+        message = str(error.value)
+        assert re.search(rf"20: (cannot read .*{item}|{item} is damaged)", message), message
+        assert len(message) < 1000
+    with run_checkpoints(run_folder) as saved:
         restored = saved.restore_latest(make_trainer(make_config()).init(KEY))
         assert_same_bits(restored, states()[1])
-        assert "20.damaged" in {path.name for path in (run_folder / "checkpoints").iterdir()}
+        assert "20.damaged" in names_in(run_folder)
         (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
         assert re.search(r"checkpoints/20: .*put aside; going on from step 10", record.getMessage())
         saved.save(on_device(states()[2]))  # the same step again
     assert_same_bits(restore(run_folder), states()[2])
     assert_same_bits(checkpoints.load(run_folder).params, states()[2].params)
-    names = {path.name for path in (run_folder / "checkpoints").iterdir()}
-    assert names == {"10", "20", "20.damaged"}
+    assert names_in(run_folder) == {"10", "20", "20.damaged"}
 
 
 def test_every_step_is_damaged(run_folder):
@@ -414,32 +328,14 @@ def rewrite_metadata(run_folder, change, is_signed=True):
     file.write_text(json.dumps(metadata))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"joint_names": ["Head", "Hip"]},
-            r"joint_names is \['Head', 'Hip'\], not",
-        ),
-        ({"pose_unit": "m"}, "pose_unit is m, not mm"),
-        ({"pose_scale": 1.0}, "pose_scale is 1.0, not 10.0"),
-    ],
-)
-def test_other_joints_or_units(run_folder, change, message):
-    rewrite_metadata(run_folder, lambda metadata: metadata.update(change))
-    for read in (checkpoints.load, restore):
-        with pytest.raises(CheckpointError, match=rf"20: its poses are others: {message}"):
-            read(run_folder)
-
-
 def test_other_data_is_refused(tmp_path):
-    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
+    with run_checkpoints(tmp_path) as saved:
         saved.trains_on("abc")
         saved.save(on_device(states()[1]))
     assert checkpoints.load(tmp_path).data_fingerprint == "abc"
     diffpose_jax.export(diffpose_jax.load(tmp_path), tmp_path / "export")
     assert checkpoints.load(tmp_path / "export").data_fingerprint == "abc"
-    with checkpoints.RunCheckpoints(tmp_path / "checkpoints", make_config(), keep=2) as saved:
+    with run_checkpoints(tmp_path) as saved:
         saved.restore_latest(make_trainer(make_config()).init(KEY))
         saved.trains_on("abc")
         with pytest.raises(CheckpointError, match=r"begun with other data .*abc, it is def now"):
@@ -450,35 +346,57 @@ def test_a_state_that_is_not_finite_is_not_saved(run_folder):
     state = on_device(states()[2]).replace(step=jnp.int32(30))
     params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.inf), state.params)
     with (
-        checkpoints.RunCheckpoints(run_folder / "checkpoints", make_config(), 2) as saved,
+        run_checkpoints(run_folder) as saved,
         pytest.raises(NonFiniteLossError, match="update of the params of step 30"),
     ):
         saved.save(state.replace(params=params))
     assert_same_bits(restore(run_folder), states()[2])
 
 
-def test_unknown_field_in_a_checkpoint(run_folder):
-    rewrite_metadata(run_folder, lambda m: m["config"]["model"].update(pose_prior=1))
-    with pytest.raises(ValueError, match=r"20: .*config\.model: unknown field pose_prior"):
-        checkpoints.load(run_folder)
+def test_what_is_no_checkpoint(tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", {"weights": np.ones(3)})
+    metadata = ocp.args.Composite(metadata=ocp.args.JsonSave({"version": 3}))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        for name in ("orbax_with_metadata", "list", "junk"):
+            checkpointer.save(tmp_path / name, args=metadata)
+    (tmp_path / "list" / "metadata" / "metadata").write_text("[1, 2]")
+    (tmp_path / "junk" / "metadata" / "metadata").write_bytes(b"\x00\xffjunk")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"PK")
+    for foreign in sorted(tmp_path.iterdir()):
+        with pytest.raises(CheckpointError, match=re.escape(str(foreign))):
+            checkpoints.load(foreign)
+    with pytest.raises(CheckpointError, match=r"nothing does not exist; name a training run"):
+        checkpoints.load(tmp_path / "nothing")
 
 
-def test_another_format(run_folder):
-    rewrite_metadata(run_folder, lambda m: m.update(format="diffpose_jax checkpoint 2"))
-    for read in (checkpoints.load, restore):
-        with pytest.raises(CheckpointError, match="its format is 'diffpose_jax checkpoint 2'"):
+OTHER_POSES = "20: its poses are others: "
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ((), {"joint_names": ["Head"]}, OTHER_POSES + r"joint_names is \['Head'\], not"),
+        ((), {"pose_unit": "m"}, OTHER_POSES + "pose_unit is m, not mm"),
+        ((), {"pose_scale": 1.0}, OTHER_POSES + "pose_scale is 1.0, not 10.0"),
+        ((), {"format": "diffpose_jax checkpoint 2"}, "its format is 'diffpose_jax checkpoint 2'"),
+        (("config", "model"), {"pose_prior": 1}, r"20: .*config\.model: unknown field pose_prior"),
+        (
+            ("config", "model"),
+            {"denoiser_width": 24},
+            r"params do not fit: denoiser.blocks_0_0.bias is \(16,\), not \(24,\)",
+        ),
+        (("config", "model"), {"denoiser_blocks": 2}, r"denoiser.blocks_1_0.bias is missing"),
+    ],
+)
+def test_checkpoints_of_other_programs_or_models(run_folder, place, change, message):
+    def update(metadata):
+        for key in place:
+            metadata = metadata[key]
+        metadata.update(change)
+
+    rewrite_metadata(run_folder, update)
+    for read in (checkpoints.load,) if place else (checkpoints.load, restore):
+        with pytest.raises(ValueError, match=message):
             read(run_folder)
-
-
-def test_shape_mismatch_is_named(run_folder):
-    rewrite_metadata(run_folder, lambda m: m["config"]["model"].update(denoiser_width=24))
-    with pytest.raises(
-        CheckpointError,
-        match=r"params do not fit: denoiser.blocks_0_0.bias is \(16,\), not \(24,\)",
-    ):
-        checkpoints.load(run_folder)
-    rewrite_metadata(
-        run_folder, lambda m: m["config"]["model"].update(denoiser_width=16, denoiser_blocks=2)
-    )
-    with pytest.raises(CheckpointError, match=r"denoiser.blocks_1_0.bias is missing"):
-        checkpoints.load(run_folder)

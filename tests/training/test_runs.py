@@ -24,7 +24,7 @@ from diffpose_jax.training import checkpoints, runs
 from diffpose_jax.training.loop import NonFiniteLossError
 from diffpose_jax.training.step import Batch, Trainer, train_step
 
-# Signals.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -64,17 +64,6 @@ def test_a_signal_is_put_off(number, restored_handlers, capfd):
         assert signal.getsignal(number) is handler
 
 
-def test_no_signal(restored_handlers):
-    with runs.deferred_stop() as stop:
-        pass
-    assert not stop
-    with pytest.raises(KeyError), runs.deferred_stop():
-        raise KeyError
-
-
-# Its record.
-
-
 def test_every_start_is_recorded(tmp_path):
     config = parsed(small_config())
     starts = [runs.start_record(seed=3, step=step, data_fingerprint="abc") for step in (0, 40)]
@@ -100,14 +89,6 @@ def test_a_damaged_record(tmp_path):
             runs.write_config(tmp_path, parsed(small_config()))
 
 
-# A run that is stopped, and one whose numbers are not finite.
-
-NUM_STEPS = 20
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return write_motion(tmp_path_factory.mktemp("source"))
@@ -118,16 +99,16 @@ def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
 
 
-def config_of(source, **training):
-    config = small_config(num_steps=NUM_STEPS, steps_per_dispatch=5, **training)
+def config_of(source):
+    config = small_config()
     config.model.update(encoder_layers=0, joint_dropout=0.0)
     config.data.predrawn_candidates = 8
     config.data.builder.update(source=str(source), train_views_per_frame=1, test_views_per_frame=1)
     return parsed(config)
 
 
-def train(source, data_dir, workdir, **training):
-    load("train").train(config_of(source, **training), workdir, data_dir)
+def train(source, data_dir, workdir):
+    load("train").train(config_of(source), workdir, data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +163,19 @@ def test_a_stopped_run_is_saved(stopped):
     assert [line["step"] for line in scalars.read_scalars(stopped / "metrics.jsonl")] == [5]
 
 
-def test_other_data_is_refused(begun, source, data_dir, monkeypatch):
+def change_data(patch, changes_of):
+    """Lets what is loaded have other fields."""
     load_split = pipeline.load
 
-    def load_other(*arguments):
+    def load_changed(*arguments):
         found = load_split(*arguments)
-        return pipeline.Examples(**{**vars(found), "fingerprint": "other"})
+        return pipeline.Examples(**{**vars(found), **changes_of(found)})
 
-    monkeypatch.setattr(pipeline, "load", load_other)
+    patch.setattr(pipeline, "load", load_changed)
+
+
+def test_other_data_is_refused(begun, source, data_dir, monkeypatch):
+    change_data(monkeypatch, lambda found: {"fingerprint": "other"})
     with pytest.raises(CheckpointError, match="it is other now"):
         train(source, data_dir, begun)
 
@@ -210,24 +196,21 @@ def assert_stops(begun, source, data_dir, step, what):
 
 
 def test_a_nan_in_a_heatmap_then_mended(unbroken, begun, source, data_dir, monkeypatch):
-    load_split = pipeline.load
     bad = 3
 
-    def load_with_nan(*arguments):
-        found = load_split(*arguments)
-
+    def with_nan(found):
         def heatmaps(rows):
             maps = found.heatmaps(rows)
             maps[np.asarray(rows) == bad] = np.nan
             return maps
 
-        return pipeline.Examples(**{**vars(found), "heatmaps": heatmaps})
+        return {"heatmaps": heatmaps}
 
-    split = load_split(config_of(source).data, "train", data_dir)
+    split = pipeline.load(config_of(source).data, "train", data_dir)
     rows = pipeline.TrainingData(split, None, config_of(source).seed).select(5, 15, 16).rows
     step = 6 + int(np.argmax((rows == bad).any(axis=1)))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "load", load_with_nan)
+        change_data(patch, with_nan)
         noted = assert_stops(begun, source, data_dir, step, "loss")
     assert noted == split.names[rows[step - 6]].tolist()
     assert split.names[bad] in noted
@@ -255,15 +238,6 @@ def test_a_gradient_that_is_not_finite(begun, source, data_dir, monkeypatch):
         jax.clear_caches()
 
 
-def test_a_loss_that_explodes(source, data_dir, tmp_path):
-    with pytest.raises(NonFiniteLossError) as error:
-        train(source, data_dir, tmp_path, learning_rate=1e30)
-    (path,) = tmp_path.glob("nonfinite_step_*.json")
-    assert path.name == f"nonfinite_step_{error.value.step}.json"
-    assert len(json.loads(path.read_text())["examples"]) == 16
-    assert not saved_steps(tmp_path)
-
-
 def test_a_nan_in_a_pose_is_found_when_it_is_read(source, data_dir, monkeypatch):
     def load_motion(*_):
         found = examples(0, 6)
@@ -275,10 +249,7 @@ def test_a_nan_in_a_pose_is_found_when_it_is_read(source, data_dir, monkeypatch)
         pipeline.load(config_of(source).data, "train", data_dir)
 
 
-# Long runs.
-
-
-@pytest.mark.parametrize("samples", [2**31, 2**32, 2**40])
+@pytest.mark.parametrize("samples", [2**31, 2**40])
 def test_the_order_beyond_32_bits(samples):
     number, batch_size = 1000, 64
     data = pipeline.TrainingData(examples(0, 4).select(np.arange(number) % 4), None, 7)
@@ -294,10 +265,11 @@ def test_the_order_beyond_32_bits(samples):
 
 def test_the_last_steps_that_can_be_counted():
     """Steps, the optimizer's count and the random keys just below 2^31."""
-    config = small_config(ema_decay=0.9, decay="cosine")
-    config.model.update(encoder_layers=0, joint_dropout=0.0)
     last = 2**31 - 1
-    config.training.update(num_steps=last, steps_per_dispatch=1, checkpoint_every=1)
+    config = small_config(
+        ema_decay=0.9, decay="cosine", num_steps=last, steps_per_dispatch=1, checkpoint_every=1
+    )
+    config.model.update(encoder_layers=0, joint_dropout=0.0)
     config = parsed(config)
     trainer = Trainer(network_lib.build(config.model), config.training)
     state = trainer.init(jax.random.key(0))
