@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import test_prepared
 from programs import environment, load
-from small import network, small_config, write_motion
+from small import parsed, small_config, write_motion
 
 import experiments
 from diffpose_jax.data import motion, prepared
 from diffpose_jax.io import locks, scalars
+from diffpose_jax.method import network as network_lib
 from diffpose_jax.training import checkpoints, runs
-from diffpose_jax.training import step as training
+from diffpose_jax.training.step import Trainer
 
 NUM_STEPS, STEPS_PER_DISPATCH, CHECKPOINT_EVERY = 60, 2, 4
 
@@ -72,7 +73,7 @@ def config_of(source):
 def train(folder, source):
     """What the program does up to the evaluation."""
     with locks.exclusive(folder / "run"):
-        load("train").train(config_of(source), folder / "run", str(folder / "data"))
+        load("train").train(parsed(config_of(source)), folder / "run", str(folder / "data"))
 
 
 def program(folder, source):
@@ -164,8 +165,8 @@ def template(tmp_path_factory):
 
 
 def state_of(folder, source):
-    config = config_of(source)
-    trainer = training.from_config(network(config), config.training)
+    config = parsed(config_of(source))
+    trainer = Trainer(network_lib.build(config.model), config.training)
     with checkpoints.RunCheckpoints(folder / "run" / "checkpoints", config, keep=2) as saved:
         return jax.device_get(saved.restore_latest(trainer.init(jax.random.key(0))))
 
