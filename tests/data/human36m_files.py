@@ -12,7 +12,6 @@ from diffpose_jax.data.human36m import sequences
 from diffpose_jax.skeleton import H36M_FROM_32
 
 SIZE_PX = 128
-_CDF_FLOAT = 44
 
 
 def write_cdf(path, array, variable="Pose"):
@@ -20,7 +19,7 @@ def write_cdf(path, array, variable="Pose"):
     file = CDF(str(path), cdf_spec={"Majority": "row_major"}, delete=True)
     spec = {
         "Variable": variable,
-        "Data_Type": _CDF_FLOAT,
+        "Data_Type": 44,  # CDF_FLOAT
         "Num_Elements": 1,
         "Rec_Vary": True,
         "Dim_Sizes": list(array.shape[1:]),
@@ -66,22 +65,16 @@ def green_of(frame):
 
 
 def file_name(sequence):
-    """What the file of a recording is called."""
     names = sequences.file_names(sequence)
     return names[-1] if sequence.subject == "S1" else names[0]
 
 
-def write_raw(folder, subjects, actions, archive=False, seed=0):
-    """Writes a copy of the data set; recordings have 8 to 11 frames and videos one more.
-
-    Returns:
-        {sequence: (keypoints_px, points_mm)}
-    """
-    rng = np.random.default_rng(seed)
+def write_raw(folder, subjects, actions, archive=False):
+    """Writes recordings of 8 to 11 frames, videos one more: {sequence: (pixels, points in mm)}."""
+    rng = np.random.default_rng(0)
     written = {}
     prefix = "MyPoseFeatures/" if archive else "Poses_"
     for subject in subjects:
-        (folder / subject / "Videos").mkdir(parents=True)
         for sequence in sequences.expected(subject, actions):
             keypoints_px, points_mm = recording_poses(rng, int(rng.integers(8, 12)))
             name, at = file_name(sequence), folder / subject
@@ -116,9 +109,9 @@ RELEASED_ROW = np.dtype(
 )
 
 
-def released_rows(table, count, seed=0):
+def released_rows(table, count):
     """Rows as the published preprocessing writes them: subject by subject, video by video."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = np.zeros(count, RELEASED_ROW)
     subjects = sequences.SPLITS["standard"][table]
     place = np.arange(count)
@@ -142,9 +135,9 @@ def write_released(path, compression=5, **tables):
             )
 
 
-def wehrbein_content(table, frames, seed=0):
+def wehrbein_content(table, frames):
     """A pickle's content; `frames` in each recording of two actions, none in the others."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     content = {}
     for subject in sequences.SPLITS["standard"][table]:
         for sequence in sequences.expected(subject, sequences.ACTIONS):
@@ -169,10 +162,8 @@ def wehrbein_content(table, frames, seed=0):
 
 
 def write_wehrbein(folder, frames=3):
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {}
     for table in ("train", "test"):
         contents[table] = wehrbein_content(table, frames)
-        with (folder / f"{table}set_h36m.pickle").open("wb") as file:
-            pickle.dump(contents[table], file, protocol=pickle.HIGHEST_PROTOCOL)
+        (folder / f"{table}set_h36m.pickle").write_bytes(pickle.dumps(contents[table]))
     return contents

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import human36m_files as files
 import numpy as np
@@ -13,10 +14,12 @@ from diffpose_jax.data.human36m import Human36m, raw, released, sequences, wehrb
 from diffpose_jax.data.human36m.sequences import Sequence
 from diffpose_jax.skeleton import H36M_FROM_32, MPII_TO_H36M
 
+SUBJECTS = [subject for split in sequences.SPLITS["standard"].values() for subject in split]
+ACTIONS = ("Photo", "Sitting")
+
 
 def join(chunks):
     chunks = list(chunks)
-    assert all(set(chunk) == set(chunks[0]) for chunk in chunks)
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
@@ -26,18 +29,10 @@ def output_pose(points_mm):
     return np.stack([x, -y, -z], axis=-1)
 
 
-def write_pickle(path, content, protocol=pickle.HIGHEST_PROTOCOL):
-    with path.open("wb") as file:
-        pickle.dump(content, file, protocol=protocol)
-
-
 def prepare(source, data_dir, detector=None, **fields):
     builder = Human36m(fields, source, detector, data_dir)
     builder.prepare()
     return builder
-
-
-# --- names -------------------------------------------------------------------------------
 
 
 def test_names():
@@ -46,7 +41,6 @@ def test_names():
         ("S1", "Photo", 1, ["Photo 1", "TakingPhoto 1"]),
         ("S9", "WalkDog", 0, ["WalkDog", "WalkingDog"]),
         ("S1", "Eating", 1, ["Eating 2"]),
-        ("S1", "Sitting", 0, ["Sitting 2"]),
         ("S5", "Discussion", 0, ["Discussion 3"]),
         ("S6", "Waiting", 1, ["Waiting 3"]),
         ("S8", "WalkTogether", 0, ["WalkTogether 2"]),
@@ -57,13 +51,11 @@ def test_names():
 
 
 def test_inventory():
-    subjects = [subject for split in sequences.SPLITS["standard"].values() for subject in split]
-    everything = [s for subject in subjects for s in sequences.expected(subject, sequences.ACTIONS)]
+    everything = [s for subject in SUBJECTS for s in sequences.expected(subject, sequences.ACTIONS)]
     # 7 subjects, 15 actions, twice, 4 cameras.
     assert len(set(everything)) == len(everything) == 840 - 2
     assert Sequence("S5", "Waiting", 1, "55011271") not in everything
     assert Sequence("S11", "Directions", 0, "54138969") not in everything
-    assert Sequence("S11", "Directions", 1, "54138969") in everything
     names = {(s.subject, files.file_name(s)) for s in everything}
     assert len(names) == len(everything)
 
@@ -74,11 +66,6 @@ def test_readings_of_every_64th_frame():
     row = np.arange(41)
     assert np.flatnonzero(sequences.every_64th_frame(frame)).tolist() == [0, 16, 20, 36]
     assert np.flatnonzero(sequences.every_16th_row(row)).tolist() == [0, 16, 32]
-
-
-# --- the owners' files -------------------------------------------------------------------
-
-ACTIONS = ("Photo", "Sitting")
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +82,8 @@ def small_copy(tmp_path):
 
 
 def read_raw(found, crop="all_joints", input_px=32):
-    """All of some recordings, with places counted from 0."""
-    counts = [raw.count_poses(recording.poses_2d) // 4 for recording in found]
-    rows = np.cumsum([0, *counts]).tolist()
-    return join(
-        chunk
-        for recording, row in zip(found, rows[:-1], strict=True)
-        for chunk in raw.read(recording, row, crop, input_px)
-    )
+    chunks = (chunk for recording in found for chunk in raw.read(recording, 0, crop, input_px))
+    return join(chunks)
 
 
 def find(folder, subjects=("S1", "S11"), actions=ACTIONS, poses="mono"):
@@ -113,23 +94,18 @@ def test_recordings_in_the_order_of_the_published_table(raw_copy):
     folder, written = raw_copy
     found = find(folder)
     assert {recording.sequence for recording in found} == set(written)
-    assert len(found) == 32
     names = [recording.video.stem for recording in found]
     # A space comes before a point, and S1 takes its photo under another name.
+    assert len(names) == 32
     assert names[:2] == ["Sitting 1.54138969", "Sitting 1.55011271"]
-    assert names[8:9] == ["TakingPhoto 1.54138969"]
-    assert names[16:17] == ["Photo 1.54138969"]
-    assert names[24:25] == ["Sitting 1.54138969"]
-    assert names[28:29] == ["Sitting.54138969"]
+    assert names[8::8] == [f"{name}.54138969" for name in ("TakingPhoto 1", "Photo 1", "Sitting 1")]
+    assert names[28] == "Sitting.54138969"
 
 
 def test_universal_poses(raw_copy):
-    folder, _ = raw_copy
-    poses = [
-        read_raw(find(folder, ("S1",), poses=poses))["pose_mm"]
-        for poses in ("mono", "mono_universal")
-    ]
-    np.testing.assert_allclose(poses[1], 0.9 * poses[0], atol=5e-3)
+    found = [find(raw_copy[0], ("S1",), poses=poses) for poses in raw.POSES]
+    mono, universal = (read_raw(recordings)["pose_mm"] for recordings in found)
+    np.testing.assert_allclose(universal, 0.9 * mono, atol=5e-3)
 
 
 @pytest.mark.parametrize("crop", raw.CROPS)
@@ -167,92 +143,76 @@ def test_official_archives_and_the_broken_recording(small_copy):
 
 
 def path_of(folder, kind):
-    name = "Waiting 2.54138969"
-    return {
-        "video": folder / f"S5/Videos/{name}.mp4",
-        "2d": folder / f"S5/MyPoseFeatures/D2_Positions/{name}.cdf",
-        "3d": folder / f"S5/MyPoseFeatures/D3_Positions_mono/{name}.cdf",
-    }[kind]
+    return next((folder / "S5").rglob(f"{kind}/Waiting 2.54138969.*"))
 
 
-def cut(path, share):
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def fast_start(path):
     # With the index before the content, a cut file still opens.
     noise = np.random.default_rng(0).integers(0, 255, (12, 128, 128, 3), np.uint8)
     files.write_video(path, noise, movflags="faststart")
-    cut(path, 0.5)
+    cut(path)
+
+
+def leave_out_one(path):
+    count = raw.count_poses(path_of(path.parents[2], "D2_Positions"))
+    files.write_video(path, files.pictures_of(np.ones((count - 1, 32, 2))))
 
 
 def shorten(path):
     files.write_cdf(path, np.ones((1, 3, 64)))
-    solid = path.parents[1] / "D3_Positions_mono" / path.name
-    files.write_cdf(solid, np.ones((1, 3, 96)))
+    files.write_cdf(path_of(path.parents[3], "D3_Positions_mono"), np.ones((1, 3, 96)))
 
 
-def leave_out_one(path):
-    count = raw.count_poses(path_of(path.parents[2], "2d"))
-    files.write_video(path, files.pictures_of(np.ones((count - 1, 32, 2))))
+def rename(path):
+    files.write_cdf(path, np.ones((1, 9, 96)), "Angles")
 
 
-DAMAGES = {
-    "cut video": ("video", lambda path: cut(path, 0.5), "cannot be read as a video"),
-    "video without its end": ("video", fast_start, "cut off: it holds . of its 12"),
-    "short video": ("video", leave_out_one, "frames, fewer than the"),
-    "no fourth frame": ("2d", shorten, "at least 4"),
-    "no 2D": ("2d", lambda path: path.unlink(), "1 files of 7 recordings"),
-    "cut CDF": ("2d", lambda path: cut(path, 0.5), "cannot be read as a CDF"),
-    "another variable": (
-        "3d",
-        lambda path: files.write_cdf(path, np.ones((1, 9, 96)), "Angles"),
-        "no variable Pose, only Angles",
-    ),
-    "17 joints": (
-        "3d",
-        lambda path: files.write_cdf(path, np.ones((1, 9, 51))),
-        r"shape \(1, 9, 51\); 32 joints make it \(1, F, 96\)",
-    ),
-    "not finite": ("2d", lambda path: files.write_cdf(path, np.full((1, 9, 64), np.nan)), "NaN"),
-    "another length": ("3d", lambda path: files.write_cdf(path, np.ones((1, 5, 96))), "5"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("Videos", cut, "cannot be read as a video"),
+        ("Videos", fast_start, "cut off: it holds . of its 12"),
+        ("Videos", leave_out_one, "frames, fewer than the"),
+        ("D2_Positions", shorten, "at least 4"),
+        ("D2_Positions", Path.unlink, "1 files of 7 recordings"),
+        ("D2_Positions", cut, "cannot be read as a CDF"),
+        ("D2_Positions", np.full((1, 9, 64), np.nan), "NaN"),
+        ("D3_Positions_mono", rename, "no variable Pose, only Angles"),
+        ("D3_Positions_mono", np.ones((1, 5, 96)), "5"),
+        ("D3_Positions_mono", np.ones((1, 9, 51)), r"\(1, 9, 51\); 32 joints make it \(1, F, 96\)"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # cdflib leaves damaged files open
-def test_damaged_files(small_copy, damage):
-    kind, do, message = DAMAGES[damage]
+def test_damaged_files(small_copy, kind, change, message):
     path = path_of(small_copy, kind)
-    do(path)
+    if callable(change):
+        change(path)
+    else:
+        files.write_cdf(path, change)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         raw.check(find(small_copy, ("S5",), ("Waiting",)))
     assert str(path) in str(raised.value)
 
 
 def test_a_crop_beside_the_picture_names_the_frame(small_copy):
-    files.write_cdf(path_of(small_copy, "2d"), np.ones((1, 9, 64)) * np.linspace(5000, 5100, 64))
-    files.write_cdf(path_of(small_copy, "3d"), np.ones((1, 9, 96)))
+    keypoints_px = np.ones((1, 9, 64)) * np.linspace(5000, 5100, 64)
+    files.write_cdf(path_of(small_copy, "D2_Positions"), keypoints_px)
+    files.write_cdf(path_of(small_copy, "D3_Positions_mono"), np.ones((1, 9, 96)))
     with pytest.raises(ValueError, match=r"Waiting 2\.54138969\.mp4: frame 3"):
         read_raw(find(small_copy, ("S5",), ("Waiting",)))
 
 
-# --- the released file -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def released_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("released") / "H36M.h5"
-    tables = {f"{table}set": files.released_rows(table, 13) for table in ("train", "test")}
-    files.write_released(path, **tables)
-    return path, tables
-
-
 @pytest.mark.parametrize("split", sequences.SPLITS)
-def test_prepared_from_the_released_file(released_file, tmp_path, split, monkeypatch):
+def test_prepared_from_the_released_file(tmp_path, split, monkeypatch):
     monkeypatch.setattr(released, "_ROWS", 3)
     monkeypatch.setattr(released, "_PIECE_ROWS", 7)
-    path, tables = released_file
+    tables = {f"{table}set": files.released_rows(table, 13) for table in ("train", "test")}
+    path = tmp_path / "H36M.h5"
+    files.write_released(path, **tables)
     builder = prepare(path, tmp_path, format="released", split=split, max_dropped_mass=None)
     for subset, subjects in sequences.SPLITS[split].items():
         columns, heatmaps = prepared.read(builder.data_dir, subset)
@@ -263,22 +223,11 @@ def test_prepared_from_the_released_file(released_file, tmp_path, split, monkeyp
         np.testing.assert_array_equal(heatmaps(np.arange(len(rows))), rows["heatmap"])
         np.testing.assert_array_equal(columns["frame"], rows["frame_orig"])
         np.testing.assert_array_equal(columns["ambiguous"], rows["hardsubset"][:, 0] == 1)
-        for name, field in (("subject", "subject"), ("action", "action"), ("camera", "cam")):
-            assert columns[name].tolist() == [text.decode() for text in rows[field]]
-        assert columns["subaction"].tolist() == [int(text) for text in rows["subaction"]]
+        for name in ("subject", "action", "subaction", "camera"):
+            field = "cam" if name == "camera" else name
+            np.testing.assert_array_equal(columns[name].astype(str), rows[field].astype(str))
         points_mm = np.float64(rows["gt_3d"]).swapaxes(1, 2)
         np.testing.assert_allclose(columns["pose_mm"], output_pose(points_mm), atol=1e-3)
-
-
-def test_released_file_that_is_none(tmp_path):
-    (tmp_path / "text.h5").write_text("a page of a server that says no")
-    with pytest.raises(ValueError, match=r"text.h5 is not an HDF5 file"):
-        released.check(tmp_path / "text.h5", "standard")
-    rows = files.released_rows("test", 13)
-    files.write_released(tmp_path / "cut.h5", trainset=rows, testset=rows)
-    cut(tmp_path / "cut.h5", 0.6)
-    with pytest.raises(ValueError, match=r"cut.h5 cannot be read as an HDF5 file"):
-        released.check(tmp_path / "cut.h5", "standard")
 
 
 def transposed(rows):
@@ -286,54 +235,42 @@ def transposed(rows):
     return np.zeros(len(rows), other)
 
 
-def without(rows, field):
-    rest = [name for name in rows.dtype.names if name != field]
-    return rows[rest].astype([(name, rows.dtype[name]) for name in rest])
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("testset", "message"),
     [
-        (lambda rows: {"trainset": rows}, "/dataset/testset is missing"),
-        (lambda rows: {"trainset": rows, "testset": np.ones(3)}, "or not a table"),
-        (
-            lambda rows: {"trainset": rows, "testset": without(rows, "heatmap")},
-            "testset: column heatmap is missing",
-        ),
-        (
-            lambda rows: {"testset": rows, "trainset": transposed(rows)},
-            r"column gt_3d has shape \(17, 3\); it must have shape \(3, 17\)",
-        ),
+        (lambda rows: np.ones(3), "is missing, empty or not a table"),
+        (lambda rows: rows[:0], "is missing, empty or not a table"),
+        (lambda rows: rows[["cam"]], "column action is missing"),
+        (transposed, r"column gt_3d has shape \(17, 3\); it must have shape \(3, 17\)"),
     ],
 )
-def test_released_tables_that_are_wrong(tmp_path, change, message):
-    path = tmp_path / "wrong.h5"
-    files.write_released(path, **change(files.released_rows("test", 3)))
-    with pytest.raises(ValueError, match=message) as raised:
-        released.check(path, "standard")
-    assert str(path) in str(raised.value)
-
-
-# --- the pickles of Wehrbein et al. ------------------------------------------------------
+def test_released_tables_that_are_wrong(tmp_path, testset, message):
+    rows = files.released_rows("test", 3)
+    files.write_released(tmp_path / "wrong.h5", trainset=rows, testset=testset(rows))
+    with pytest.raises(ValueError, match=rf"wrong.h5: /dataset/testset:? {message}"):
+        released.check(tmp_path / "wrong.h5", "standard")
 
 
 @pytest.fixture(scope="module")
 def wehrbein_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wehrbein")
-    return folder, files.write_wehrbein(folder)
+    contents = files.write_wehrbein(folder)
+    # Frames with a wide fit are ambiguous; the second is an angle.
+    fits = contents["test"]["S9"]["Directions"]["0"]["54138969"]["gaussfit"].reshape(3, 16, 7)
+    fits[0, 3, 3], fits[1, 3, 4], fits[2, 0, 5] = 5.1, 20.0, 6.0
+    (folder / wehrbein.FILES["test"]).write_bytes(pickle.dumps(contents["test"]))
+    return folder, contents
 
 
 def gaussian(fit):
     """The fitted function as its authors write it, cell by cell."""
     amplitude, x0, y0, sigma_x, theta, sigma_y = fit[:6]
-    y, x = np.mgrid[:64, :64].astype(float)
+    y, x = np.mgrid[:64, :64] - np.array([y0, x0])[:, None, None]
     cos2, sin2 = np.cos(theta) ** 2, np.sin(theta) ** 2
     a = cos2 / (2 * sigma_x**2) + sin2 / (2 * sigma_y**2)
     b = np.sin(2 * theta) / 4 * (1 / sigma_y**2 - 1 / sigma_x**2)
     c = sin2 / (2 * sigma_x**2) + cos2 / (2 * sigma_y**2)
-    return amplitude * np.exp(
-        -(a * (x - x0) ** 2 + 2 * b * (x - x0) * (y - y0) + c * (y - y0) ** 2)
-    )
+    return amplitude * np.exp(-(a * x**2 + 2 * b * x * y + c * y**2))
 
 
 def test_rendered_fits():
@@ -357,21 +294,12 @@ def test_prepared_from_the_pickles(wehrbein_folder, tmp_path):
     assert columns["subject"].tolist() == ["S9"] * 48 + ["S11"] * 45
     assert columns["camera"][:13:3].tolist() == [*sequences.CAMERAS, sequences.CAMERAS[0]]
     assert columns["subaction"][:13:3].tolist() == [0, 0, 0, 0, 1]
-    assert not columns["ambiguous"].any()
+    assert np.flatnonzero(columns["ambiguous"]).tolist() == [0, 2]
     part = contents["test"]["S11"]["Sitting"]["1"]["60457274"]
     points_mm = part["3d_gt"].reshape(3, 3, 17).swapaxes(1, 2)
     np.testing.assert_allclose(columns["pose_mm"][-3:], output_pose(points_mm), atol=1e-3)
     fits = part["gaussfit"].reshape(3, 16, 7)
     np.testing.assert_allclose(heatmaps(np.array([91]))[0, 9], gaussian(fits[1, 9]), atol=5e-4)
-
-
-def test_ambiguous_frames_have_a_wide_fit(tmp_path):
-    contents = files.write_wehrbein(tmp_path)
-    fits = contents["test"]["S9"]["Directions"]["0"]["54138969"]["gaussfit"].reshape(3, 16, 7)
-    fits[0, 3, 3], fits[1, 3, 4], fits[2, 0, 5] = 5.1, 20.0, 6.0  # the second is an angle
-    write_pickle(tmp_path / wehrbein.FILES["test"], contents["test"])
-    columns = join(wehrbein.read(tmp_path, "standard", "test"))
-    assert np.flatnonzero(columns["ambiguous"]).tolist() == [0, 2]
 
 
 def test_wehrbein_validation_split(wehrbein_folder):
@@ -383,28 +311,22 @@ def test_wehrbein_validation_split(wehrbein_folder):
     assert not set(train["row"]) & set(columns["row"])
 
 
-class Touch:
-    """Pickled, it makes a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
+class Touch(str):
+    """Pickled, it makes a folder of its name when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, (str(self),)
 
 
 @pytest.mark.parametrize("protocol", [3, pickle.HIGHEST_PROTOCOL])
-@pytest.mark.parametrize("where", ["in a dict", "in an array"])
-def test_a_pickle_runs_no_code(tmp_path, where, protocol):
-    bomb = Touch(tmp_path / "ran")
-    content = {"S9": [bomb]} if where == "in a dict" else np.array([1, bomb], dtype=object)
-    write_pickle(tmp_path / "bomb.pickle", content, protocol)
+def test_a_pickle_runs_no_code(tmp_path, protocol):
+    content = {"S9": np.array([1, Touch(tmp_path / "ran")], dtype=object)}
+    (tmp_path / "bomb.pickle").write_bytes(pickle.dumps(content, protocol))
     with pytest.raises(ValueError, match=r"bomb.pickle cannot .*: it holds posix.mkdir, which"):
         wehrbein.load_arrays(tmp_path / "bomb.pickle")
     assert not (tmp_path / "ran").exists()
     # The test itself can fail: an ordinary unpickler runs it.
-    with (tmp_path / "bomb.pickle").open("rb") as file:
-        pickle.load(file)
+    pickle.loads((tmp_path / "bomb.pickle").read_bytes())
     assert (tmp_path / "ran").exists()
 
 
@@ -434,36 +356,27 @@ OBJECTS = pickle.dumps(np.array([None], dtype=object), protocol=4)
 )
 def test_pickles_that_are_refused(tmp_path, made, reason):
     (tmp_path / "odd.pickle").write_bytes(made)
-    with pytest.raises(ValueError, match=reason) as raised:
+    with pytest.raises(ValueError, match=f"(?=.*odd.pickle cannot be read).*{reason}"):
         wehrbein.load_arrays(tmp_path / "odd.pickle")
-    assert "odd.pickle cannot be read" in str(raised.value)
 
 
 @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
 def test_arrays_and_containers_are_loaded(tmp_path, protocol):
-    rng = np.random.default_rng(1)
-    nested = {"a": np.arange(3)}
+    array = np.random.default_rng(1).normal(size=(3, 4))
     content = {
-        "array": rng.normal(size=(3, 4)),
-        "fortran": np.asfortranarray(rng.normal(size=(3, 4))),
-        "objects": np.array(["/S9/4.jpg", None, nested], dtype=object),
+        "arrays": [array, np.asfortranarray(array)],
+        "objects": np.array(["/S9/4.jpg", None, {"a": 1}], dtype=object),
         "list": [1, 2.5, "text", b"bytes", (True, None)],
     }
     if protocol >= 4:  # older ones name the sets' classes
         content["list"] += [{3, 4}, frozenset({5})]
-    write_pickle(tmp_path / "fine.pickle", content, protocol)
-    loaded = wehrbein.load_arrays(tmp_path / "fine.pickle")
-    np.testing.assert_array_equal(loaded["objects"][2].pop("a"), nested.pop("a"))
-    np.testing.assert_equal(loaded, content)
-
-
-def test_arrays_of_older_numpy_are_loaded(tmp_path):
-    """NumPy 1 named its modules numpy.core, today's are numpy._core."""
-    array = np.arange(6.0).reshape(2, 3)
-    today = pickle.dumps(array, protocol=3)
-    assert b"numpy._core" in today
-    (tmp_path / "old.pickle").write_bytes(today.replace(b"numpy._core", b"numpy.core"))
-    np.testing.assert_array_equal(wehrbein.load_arrays(tmp_path / "old.pickle"), array)
+    today = pickle.dumps(content, protocol)
+    # NumPy 1 named its modules numpy.core, today's are numpy._core.
+    older = today.replace(b"cnumpy._core", b"cnumpy.core")
+    assert (older != today) == (protocol == 3)
+    for made in (today, older):
+        (tmp_path / "fine.pickle").write_bytes(made)
+        np.testing.assert_equal(wehrbein.load_arrays(tmp_path / "fine.pickle"), content)
 
 
 @pytest.mark.parametrize(
@@ -479,10 +392,9 @@ def test_arrays_of_older_numpy_are_loaded(tmp_path):
 def test_wehrbein_content_that_is_wrong(tmp_path, change, message):
     contents = files.write_wehrbein(tmp_path)
     change(contents["test"]["S9"]["Sitting"]["1"]["58860488"])
-    write_pickle(tmp_path / wehrbein.FILES["test"], contents["test"])
-    with pytest.raises(ValueError, match=message) as raised:
+    (tmp_path / wehrbein.FILES["test"]).write_bytes(pickle.dumps(contents["test"]))
+    with pytest.raises(ValueError, match=rf"testset_h36m.pickle: S9/Sitting/1/58860488.*{message}"):
         wehrbein.check(tmp_path, "standard")
-    assert "testset_h36m.pickle: S9/Sitting/1/58860488" in str(raised.value)
 
 
 def test_missing_and_empty_recordings(tmp_path):
@@ -490,17 +402,12 @@ def test_missing_and_empty_recordings(tmp_path):
     with pytest.raises(ValueError, match=r"trainset_h36m.pickle holds no frames"):
         wehrbein.check(tmp_path, "validation")
     del contents["train"]["S7"]["Photo"]
-    write_pickle(tmp_path / wehrbein.FILES["train"], contents["train"])
+    (tmp_path / wehrbein.FILES["train"]).write_bytes(pickle.dumps(contents["train"]))
     with pytest.raises(ValueError, match=r"trainset_h36m.pickle: S7/Photo/0/54138969 is missing"):
         wehrbein.check(tmp_path, "validation")
 
 
-# --- the builder -------------------------------------------------------------------------
-
-
 class RedDetector:
-    """Finds every joint where a crop is red."""
-
     fingerprint = "red-1"
     input_px = 64
 
@@ -512,25 +419,18 @@ class RedDetector:
 def whole_copy(tmp_path_factory):
     """All seven people in one action."""
     folder = tmp_path_factory.mktemp("whole")
-    subjects = [subject for split in sequences.SPLITS["standard"].values() for subject in split]
-    return folder, files.write_raw(folder, subjects, ("Waiting",))
+    return folder, files.write_raw(folder, SUBJECTS, ("Waiting",))
 
 
 RAW = {"actions": ("Waiting",), "input_px": 64}
 
 
-@pytest.fixture(scope="module")
-def prepared_raw(whole_copy, tmp_path_factory):
-    data_dir = tmp_path_factory.mktemp("data")
-    return prepare(whole_copy[0], data_dir, RedDetector(), **RAW)
-
-
-def test_prepared_from_raw(whole_copy, prepared_raw):
-    _, written = whole_copy
+def test_prepared_from_raw(whole_copy, tmp_path):
+    folder, written = whole_copy
+    builder = prepare(folder, tmp_path, RedDetector(), **RAW)
     for split, subjects in sequences.SPLITS["standard"].items():
-        columns, _ = prepared.read(prepared_raw.data_dir, split)
+        columns, _ = prepared.read(builder.data_dir, split)
         count = 2 * (8 * len(subjects) - (split == "train"))  # without the broken one
-        assert len(columns["row"]) == count
         assert columns["row"].tolist() == list(range(count))
         assert list(dict.fromkeys(columns["subject"])) == list(subjects)
         # 8 to 11 frames: 3 and 7 are stored.
@@ -541,11 +441,8 @@ def test_prepared_from_raw(whole_copy, prepared_raw):
             points_mm = written[Sequence(*named)][1][columns["frame"][i]]
             pose_mm = output_pose(points_mm[[*H36M_FROM_32]])
             np.testing.assert_allclose(columns["pose_mm"][i], pose_mm, atol=2e-3)
-
-
-def test_prepared_data_need_no_source(whole_copy, prepared_raw):
-    again = prepare("gone", str(prepared_raw.data_path.parents[2]), RedDetector(), **RAW)
-    assert again.data_path == prepared_raw.data_path
+    # Prepared data need no source.
+    assert prepare("gone", tmp_path, RedDetector(), **RAW).data_path == builder.data_path
 
 
 def test_validation_split_from_raw(whole_copy, tmp_path, monkeypatch):
@@ -586,15 +483,15 @@ def test_names_tell_contents_apart(tmp_path, wehrbein_folder):
     def name(source=tmp_path, **fields):
         return Human36m(fields, source, detector, tmp_path).builder_config.name
 
-    raw_fields = [
-        {},
-        {"split": "validation"},
-        {"poses": "mono_universal"},
-        {"crop": "detector_joints"},
-        {"actions": ("Eating",)},
-        {"max_dropped_mass": 0.01},
-    ]
-    raw_names = {name(input_px=64, **fields) for fields in raw_fields}
+    changes = {
+        "split": "validation",
+        "poses": "mono_universal",
+        "crop": "detector_joints",
+        "actions": ("Eating",),
+        "max_dropped_mass": 0.01,
+    }
+    raw_names = {name(input_px=64, **{field: value}) for field, value in changes.items()}
+    raw_names.add(name(input_px=64))
     assert len(raw_names) == 6
     assert name(tmp_path / "elsewhere", input_px=64) in raw_names
     detector.fingerprint = "red-2"
@@ -620,11 +517,9 @@ def test_sources_are_checked_before_anything_is_written(tmp_path):
         prepare(tmp_path / "gone.h5", tmp_path / "data", format="released")
     folder = tmp_path / "copy"
     files.write_raw(folder, ("S1", "S5", "S6", "S7", "S8"), ("Waiting",))
-    path = next((folder / "S8/Videos").iterdir())
-    cut(path, 0.5)
-    with pytest.raises(ValueError, match="cannot be read as a video") as raised:
+    cut(next((folder / "S8/Videos").iterdir()))
+    with pytest.raises(ValueError, match="cannot be read as a video"):
         prepare(folder, tmp_path / "data", NoDetector(), split="validation", **RAW)
-    assert str(path) in str(raised.value)
     with pytest.raises(FileNotFoundError, match=r"S9 has no folder Poses_D2_Positions nor MyPose"):
         prepare(folder, tmp_path / "data", NoDetector(), **RAW)
     assert not list((tmp_path / "data").rglob("*.array_record"))
