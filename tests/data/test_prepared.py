@@ -35,16 +35,15 @@ class BlobDetector:
 
     def __init__(self, fingerprint="blobs-1"):
         self.fingerprint = fingerprint
-        self.crops_seen = 0
 
     def heatmaps(self, crops):
-        self.crops_seen += len(crops)
         y, x = np.mgrid[:64, :64]
-        place = crops[:, 0, 0].astype(np.float32)[:, None, None, None]
-        distance = (x - place[..., 0]) ** 2 + (
-            y - place[..., 1] - np.arange(16)[:, None, None]
-        ) ** 2
-        return np.exp(-distance / 8)
+        first_x, first_y = crops[:, 0, 0, :2].T[..., None, None, None].astype(np.float32)
+        down = y - first_y - np.arange(16)[:, None, None]
+        return np.exp(-((x - first_x) ** 2 + down**2) / 8)
+
+
+BLOBS = BlobDetector()
 
 
 def example_columns(name, rows):
@@ -81,30 +80,23 @@ class Fake(prepared.DetectionsBuilder):
         def read(name, length):
             self.parts_read.append(name)
             for start in range(0, length, CHUNK):
-                yield self.altered(
-                    name, example_columns(name, np.arange(start, min(start + CHUNK, length)))
-                )
+                rows = np.arange(start, min(start + CHUNK, length))
+                yield self.altered(name, example_columns(name, rows))
 
         return [Part(n, s, lambda n=n, length=length: read(n, length)) for n, s, length in PARTS]
 
-    def altered(self, name, columns):
-        """For tests to change a chunk, or to fail."""
-        del name
-        return columns
 
-
-def make(folder, altered=None, detector=None, **fields):
-    made = Fake(fields, "", detector or BlobDetector(), folder)
-    made.parts_read = []
-    if altered:
-        made.altered = altered
+def make(folder, altered=lambda name, columns: columns, detector=BLOBS, **fields):
+    """`altered` is for tests to change a chunk, or to fail."""
+    made = Fake(fields, "", detector, folder)
+    made.parts_read, made.altered = [], altered
     return made
 
 
 def expected(split):
     parts = [example_columns(n, np.arange(length)) for n, s, length in PARTS if s == split]
     columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    heatmaps = compact.decode(compact.encode(BlobDetector().heatmaps(columns.pop("crops"))))
+    heatmaps = compact.decode(compact.encode(BLOBS.heatmaps(columns.pop("crops"))))
     return columns, heatmaps
 
 
@@ -114,8 +106,7 @@ def contents(made):
 
 def beside(made):
     """What lies beside a data set in its folder, but the lock."""
-    paths = Path(made.data_dir).parent.iterdir()
-    return [path.name for path in paths if path.name != ".lock"]
+    return [name for name in os.listdir(Path(made.data_dir).parent) if name != ".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -156,77 +147,52 @@ def test_as_data_source(unbroken):
             assert example["ambiguous"] == truth["ambiguous"][row]
 
 
-def test_dense_heatmaps(tmp_path):
-    made = make(tmp_path, max_dropped_mass=None)
-    made.prepare()
-    crops = example_columns("S9", np.arange(4))["crops"]
-    np.testing.assert_array_equal(
-        prepared.read(made.data_dir, "test")[1](np.arange(4)),
-        BlobDetector().heatmaps(crops).astype(np.float16),
-    )
-
-
 def test_parts_may_hold_heatmaps(tmp_path, unbroken):
     def detected(name, columns):
-        return columns | {"heatmaps": BlobDetector().heatmaps(columns.pop("crops"))}
+        return columns | {"heatmaps": BLOBS.heatmaps(columns.pop("crops"))}
 
-    made = Fake({}, data_dir=tmp_path)
-    made.parts_read, made.altered = [], detected
+    made = make(tmp_path, detected, detector=None)
     made.prepare()
-    for name, content in contents(made).items():
-        if name not in ("dataset_info.json", "configuration.json"):
-            assert content == contents(unbroken)[name]
+    # The others tell of the detector and of the folder.
+    same = set(contents(unbroken)) - {"dataset_info.json", "configuration.json"}
+    assert {n: contents(made)[n] for n in same} == {n: contents(unbroken)[n] for n in same}
 
 
-def test_several_shards(tmp_path, monkeypatch):
-    # The file of each part takes two blocks of 64 KiB, so that the third part begins a shard.
-    monkeypatch.setattr(builder, "_SHARD_BYTES", 3 << 16)
-    made = make(tmp_path)
+def test_dense_heatmaps_in_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "_SHARD_BYTES", 3 << 16)  # so that the third part begins a shard
+    made = make(tmp_path, max_dropped_mass=None)
     made.prepare()
     assert made.info.splits["train"].shard_lengths == [10, 6]
+    parts = [example_columns(n, np.arange(length)) for n, s, length in PARTS if s == "train"]
+    dense = BLOBS.heatmaps(np.concatenate([part["crops"] for part in parts])).astype(np.float16)
     order = np.arange(16)[::-1]
-    np.testing.assert_array_equal(
-        prepared.read(made.data_dir, "train")[1](order), expected("train")[1][order]
-    )
-
-
-# What a data set is known by.
+    np.testing.assert_array_equal(prepared.read(made.data_dir, "train")[1](order), dense[order])
 
 
 def test_the_fingerprint_is_of_the_content(unbroken, tmp_path):
     known = prepared.fingerprint(unbroken.data_dir)
     copied = shutil.copytree(unbroken.data_dir, tmp_path / "elsewhere" / "fake" / "x" / VERSION)
     assert prepared.fingerprint(copied) == known
-    again = make(tmp_path / "again")
-    again.prepare()
-    assert prepared.fingerprint(again.data_dir) == known
-    for number, column in enumerate(("pose_mm", "crops", "clip")):
+    for column in (None, "pose_mm", "crops", "clip"):
 
         def altered(name, columns, column=column):
-            if name == "S9" and columns["frame"][0] == 0:
+            if column and name == "S9" and columns["frame"][0] == 0:
                 columns[column] = columns[column].copy()
                 columns[column][0] = columns[column][1]
             return columns
 
-        other = make(tmp_path / str(number), altered)
+        other = make(tmp_path / str(column), altered)
         other.prepare()
-        assert prepared.fingerprint(other.data_dir) != known, column
-
-
-def test_the_name_follows_the_content(tmp_path):
-    made = [
-        make(tmp_path),
-        make(tmp_path, max_dropped_mass=None),
-        make(tmp_path, detector=BlobDetector("blobs-2")),
-    ]
-    assert len({one.data_dir for one in made}) == 3
-    assert make(tmp_path).data_dir == made[0].data_dir
+        assert (prepared.fingerprint(other.data_dir) == known) == (column is None), column
 
 
 def test_find(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"make it with experiments.prepare --dataset fake"):
         prepared.find(tmp_path, "fake", {})
     loose, dense = make(tmp_path), make(tmp_path, max_dropped_mass=None)
+    other = make(tmp_path, detector=BlobDetector("blobs-2"))
+    assert len({loose.data_dir, dense.data_dir, other.data_dir}) == 3
+    assert make(tmp_path).data_dir == loose.data_dir
     for one in (loose, dense):
         one.prepare()
     assert prepared.find(tmp_path, "fake", {"max_dropped_mass": None}) == Path(dense.data_dir)
@@ -251,9 +217,6 @@ def test_two_prepare_the_same_at_once(tmp_path, unbroken):
         assert one.info.splits["train"].num_examples == 16
 
 
-# Stopped preparations.
-
-
 def test_a_part_that_fails(tmp_path, unbroken, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
@@ -265,9 +228,8 @@ def test_a_part_that_fails(tmp_path, unbroken, monkeypatch):
     made = make(tmp_path, broken)
     with pytest.raises(OSError, match="the disk is gone") as error:
         made.prepare()
-    assert error.value.__notes__ == [
-        "in part 'S9'; the finished parts are kept for the next attempt"
-    ]
+    (note,) = error.value.__notes__
+    assert note == "in part 'S9'; the finished parts are kept for the next attempt"
     assert made.parts_read == ["S1/Walk 1.cam", "S1/Sit", "S9"]
     assert not made.is_prepared()
     with pytest.raises(FileNotFoundError, match="prepare it first"):
@@ -306,7 +268,7 @@ def killed(name, columns):
         time.sleep(0.01)
     return columns
 
-made = test_prepared.make({folder!r}, killed if {kill} else None)
+made = test_prepared.make({folder!r}, {altered})
 made.prepare()
 assert "S1/Walk 1.cam" not in made.parts_read, made.parts_read
 assert "tensorflow" not in sys.modules
@@ -314,18 +276,13 @@ assert "tensorflow" not in sys.modules
 
 
 def test_a_kill(tmp_path, unbroken):
-    def run(kill):
-        program = PROGRAM.format(tests=str(TESTS), folder=str(tmp_path), kill=kill)
-        return subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(altered):
+        program = PROGRAM.format(tests=str(TESTS), folder=str(tmp_path), altered=altered)
+        command = [sys.executable, "-W", "error", "-c", program]
+        return subprocess.run(command, capture_output=True, text=True)
 
-    first = run(kill=True)
+    first, second = run("killed"), run("")
     assert first.returncode == -signal.SIGKILL, first.stderr
-    second = run(kill=False)
     assert second.returncode == 0, second.stderr
     assert second.stdout == ""
     assert "WARNING" not in second.stderr
@@ -350,92 +307,77 @@ def test_few_chunks_are_in_memory(tmp_path, monkeypatch):
     assert 1 <= most <= 2  # of the 8 chunks, one of each of two parts
 
 
-# Refusals.
-
-
-def test_check_comes_before_the_first_part(tmp_path):
-    made = make(tmp_path)
-
+def test_refused_before_the_first_part(tmp_path):
     def check():
         raise FileNotFoundError("subject S7 is missing")
 
+    made = make(tmp_path)
     made.check = check
     with pytest.raises(FileNotFoundError, match="S7"):
         made.prepare()
     assert made.parts_read == []
+    with pytest.raises(ConfigError, match=r"fake\.max_dropped_mass must be 0 to"):
+        make(tmp_path, max_dropped_mass=1.0)
+
+
+def changed(**changes):
+    """What gives every chunk these columns; one that is None is removed."""
+
+    def altered(name, columns):
+        return {key: c for key, c in (columns | changes).items() if c is not None}
+
+    return {"altered": altered}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frame": None}, "its columns are"),
-        ({"extra": np.arange(CHUNK)}, "its columns are"),
-        ({"pose_mm": np.zeros((CHUNK, 16, 3))}, r"pose_mm has shape \(3, 16, 3\)"),
-        ({"pose_mm": np.full((CHUNK, 17, 3), np.nan)}, "pose_mm is not finite"),
-        ({"heatmaps": np.full((CHUNK, 16, 64, 64), np.nan)}, "image 0, joint 0"),
+        (changed(frame=None), "its columns are"),
+        (changed(extra=np.arange(CHUNK)), "its columns are"),
+        (changed(pose_mm=np.zeros((CHUNK, 16, 3))), r"pose_mm has shape \(3, 16, 3\)"),
+        (changed(pose_mm=np.full((CHUNK, 17, 3), np.nan)), "pose_mm is not finite"),
+        (changed(crops=None, heatmaps=np.full((CHUNK, 16, 64, 64), np.nan)), "image 0, joint 0"),
+        ({"detector": None}, "there is no detector"),
+        ({"parts": lambda: [Part("S1", "train", lambda: iter([]))]}, "it holds no examples"),
     ],
 )
-def test_chunks_that_do_not_fit(tmp_path, changes, message):
-    def altered(name, columns):
-        if "heatmaps" in changes:
-            del columns["crops"]
-        columns = columns | changes
-        return {key: column for key, column in columns.items() if column is not None}
-
+def test_parts_that_do_not_fit(tmp_path, changes, message):
+    made = make(tmp_path)
+    vars(made).update(changes)
     with pytest.raises(ValueError, match=message) as error:
-        make(tmp_path, altered).prepare()
+        made.prepare()
     assert "in part 'S" in error.value.__notes__[0]
 
 
-def test_a_part_without_examples(tmp_path):
-    made = make(tmp_path)
-    made.parts = lambda: [Part("a", "train", lambda: iter([]))]
-    with pytest.raises(ValueError, match="holds no examples"):
-        made.prepare()
-
-
-def test_what_a_data_set_cannot_be_made_with(tmp_path):
-    made = Fake({}, data_dir=tmp_path)
-    made.parts_read = []
-    with pytest.raises(ValueError, match="there is no detector"):
-        made.prepare()
-    with pytest.raises(ConfigError, match=r"fake\.max_dropped_mass must be 0 to"):
-        Fake({"max_dropped_mass": 1.0}, data_dir=tmp_path)
-
-
-def test_unknown_split_and_folder(unbroken, tmp_path):
+def test_unknown_split(unbroken):
     with pytest.raises(ValueError, match="no split 'validation', but train, test"):
         prepared.read(unbroken.data_dir, "validation")
-    with pytest.raises(FileNotFoundError, match="prepare it first"):
-        prepared.read(tmp_path, "train")
 
 
-@pytest.fixture
-def damageable(unbroken, tmp_path):
-    return Path(shutil.copytree(unbroken.data_dir, tmp_path / "fake" / "x" / VERSION))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing", "without columns", "another's columns"])
-def test_a_damaged_data_set(damageable, damage):
-    (shard,) = damageable.glob("*train.array_record*")
-    if damage == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-1000])
-    elif damage == "missing":
-        shard.unlink()
-    elif damage == "without columns":
-        (damageable / "columns_train.npz").unlink()
-    else:
-        (damageable / "columns_test.npz").replace(damageable / "columns_train.npz")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard, columns: shard.write_bytes(shard.read_bytes()[:-1000]),
+        lambda shard, columns: shard.unlink(),
+        lambda shard, columns: columns.unlink(),
+        lambda shard, columns: columns.with_name("columns_test.npz").replace(columns),
+    ],
+    ids=["truncated", "missing", "without columns", "another's columns"],
+)
+def test_a_damaged_data_set(unbroken, tmp_path, damage):
+    folder = Path(shutil.copytree(unbroken.data_dir, tmp_path / "fake" / "x" / VERSION))
+    damage(*folder.glob("*train.array_record*"), folder / "columns_train.npz")
     with pytest.raises(ValueError, match=r"delete the folder and prepare it again") as error:
-        prepared.read(damageable, "train")
-    assert str(damageable) in str(error.value)
+        prepared.read(folder, "train")
+    assert str(folder) in str(error.value)
 
 
-def test_a_damaged_record(damageable):
-    (shard,) = damageable.glob("*train.array_record*")
+def test_a_damaged_record(unbroken, tmp_path):
+    folder = Path(shutil.copytree(unbroken.data_dir, tmp_path / "fake" / "x" / VERSION))
+    (shard,) = folder.glob("*train.array_record*")
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
-    _, heatmaps = prepared.read(damageable, "train")
+    _, heatmaps = prepared.read(folder, "train")
     with pytest.raises(ValueError, match="prepare it again"):
         heatmaps(np.arange(16))
