@@ -45,8 +45,6 @@ from diffpose_jax.prediction import predict
 SEED = 20261122
 CPU_SECONDS, MEMORY_KIB, ADDRESSES, LONGEST_MESSAGE = 3.0, 1 << 20, 6 << 30, 20_000
 
-# --- mutations -----------------------------------------------------------------------------
-
 _INTEGERS = (0, 1, 127, 255, 256, 65535, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 _WORDS = ("nan", "inf", "1e309", "-1", "0", "1e30", "99999999999999999999", "1_000", "1,5", "",
           "\0", "\x1b[31m", "\u2028", "\ud7ff", "'", "{", "}", "\r\n", "A" * 70_000, "9" * 5000,
@@ -126,69 +124,64 @@ def zipped(rng, data):
     return content.getvalue()
 
 
-# --- targets -------------------------------------------------------------------------------
+def mutation(path):
+    start = path.read_bytes()[:2]
+    if path.suffix in (".bvh", ".asf", ".amc", ".jsonl"):
+        return text
+    if start[:1] == b"{":
+        return json_values
+    if start == b"PK":
+        return zipped
+    return binary if start else None
+
+
+def written(write):
+    """The files that a function writes into a folder, and how each is mutated."""
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        paths = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        return {str(path.relative_to(name)): (path.read_bytes(), mutation(path)) for path in paths}
 
 
 @dataclasses.dataclass
 class Target:
-    """A folder of valid files, how each is mutated, and the reader of the one that was changed."""
+    """The reader of a file that was changed in a folder of files as `written` gives them."""
 
     read: Callable[[Path], Any]
-    files: dict[str, tuple[bytes, Callable[[np.random.Generator, bytes], bytes] | None]]
+    files: dict[str, tuple[bytes, Callable | None]]
     share: float = 1.0  # of the cases
 
 
-TARGETS = {}
-
-
-def target(make):
-    TARGETS[make.__name__] = make
-    return make
-
-
-def written(write):
-    """The files that a function writes into a folder."""
-    with tempfile.TemporaryDirectory() as name:
-        write(Path(name))
-        paths = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
-        return {path.relative_to(name).as_posix(): path.read_bytes() for path in paths}
-
-
-def saved(save, *arrays, **named):
-    content = io.BytesIO()
-    save(content, *arrays, **named)
-    return content.getvalue()
-
-
-@target
 def heatmaps():
     maps = np.zeros((2, 16, 64, 64), np.float16)
     maps[..., 20:23, 30:33] = 0.5
 
+    def write(folder):
+        np.save(folder / "a.npy", maps)
+        np.savez_compressed(folder / "a.npz", heatmaps=maps, names=np.array(["a", "b"]))
+
     def read(path):
         assert np.isfinite(predict.read_heatmaps(path)).all()
 
-    packed = saved(np.savez_compressed, heatmaps=maps, names=np.array(["a", "b"]))
-    return Target(read, {"a.npy": (saved(np.save, maps), binary), "a.npz": (packed, zipped)})
+    return Target(read, written(write))
 
 
-@target
 def motions():
-    clip = motion.load_embedded()[0]
-    npz = saved(np.savez, positions_mm=clip.positions_mm[:6], fps=clip.fps)
+    def write(folder):
+        clip = motion.load_embedded()[0]
+        np.savez(folder / "a.npz", positions_mm=clip.positions_mm[:6], fps=clip.fps)
+        (folder / "a.bvh").write_text(cmu_bvh(3))
+        (folder / "a.asf").write_text(asf_text(CMU_BONES, CMU_HIERARCHY))
+        (folder / "a.amc").write_text(amc_text([cmu_frame()] * 3))
 
     def read(path):
         found = motion.read_clip(path.with_suffix(".amc") if path.suffix == ".asf" else path)
         assert np.isfinite(found.positions_mm).all()
         assert found.fps > 0
 
-    asf = asf_text(CMU_BONES, CMU_HIERARCHY)
-    texts = {"a.bvh": cmu_bvh(3), "a.asf": asf, "a.amc": amc_text([cmu_frame()] * 3)}
-    files = {name: (content.encode(), text) for name, content in texts.items()}
-    return Target(read, {"a.npz": (npz, zipped)} | files)
+    return Target(read, written(write))
 
 
-@target
 def images():
     gradient = np.uint8(np.add.outer(np.arange(24) * 4, np.arange(40) * 3)[..., None] + [0, 20, 40])
     image, exif = Image.fromarray(gradient), Image.Exif()
@@ -201,10 +194,9 @@ def images():
         image.save(folder / "packed.tif", compression="tiff_lzw")
         image.convert("P").save(folder / "palette.png")
 
-    return Target(pictures.read, {name: (data, binary) for name, data in written(write).items()})
+    return Target(pictures.read, written(write))
 
 
-@target
 def torch_files():
     import torch
 
@@ -225,11 +217,9 @@ def torch_files():
         except ValueError as error:  # as `experiments.convert` names the file
             raise ValueError(f"{path}: {error}") from error
 
-    found = written(write)
-    return Target(read, {"a.pt": (found["a.pt"], zipped), "old.pt": (found["old.pt"], binary)})
+    return Target(read, written(write))
 
 
-@target
 def pickles():
     arrays = {"3d_gt": np.ones((2, 51)), "imgpath": ["/S9/a.54138969/4.jpg", "b"], "x": 3}
     content = pickle.dumps({"S9": {"Directions": arrays}}, protocol=4)
@@ -240,44 +230,37 @@ def export_of(path):
     return next(parent for parent in path.parents if parent.name == "export")
 
 
-def mutable(files):
-    return {
-        name: (data, (json_values if data[:1] == b"{" else binary) if data else None)
-        for name, data in files.items()
-    }
-
-
-@target
 def checkpoint():
     files = written(lambda folder: inference.export(small_model(), folder / "export"))
-    return Target(lambda path: inference.load(export_of(path)), mutable(files), share=0.1)
+    return Target(lambda path: inference.load(export_of(path)), files, share=0.1)
 
 
-@target
 def checkpoint_arrays():
     """Without a model, in a tenth of the time."""
     tree = {"a": np.arange(60, dtype=np.float32).reshape(3, 20), "b": {"c": np.ones(3, np.int32)}}
     files = written(lambda folder: trees.save_tree(folder / "export", tree))
-    return Target(lambda path: trees.load_tree(export_of(path), tree), mutable(files))
+    return Target(lambda path: trees.load_tree(export_of(path), tree), files)
 
 
-@target
 def checkpoint_metadata():
     """Without its check sums, as earlier versions wrote it: a forger would make new ones."""
     model, name = small_model(), "export/metadata/metadata"
-    files = written(lambda folder: inference.export(model, folder / "export"))
-    metadata = {k: v for k, v in json.loads(files[name]).items() if "crc32" not in k}
+
+    def write(folder):
+        inference.export(model, folder / "export")
+        metadata = json.loads((folder / name).read_bytes())
+        kept = {key: value for key, value in metadata.items() if "crc32" not in key}
+        (folder / name).write_text(json.dumps(kept))
 
     def read(path):
         # In place of what is slow.
         with mock.patch.object(trees, "read_trees", return_value={"params": model.params}):
             inference.load(export_of(path))
 
-    unchanged = {file: (data, None) for file, data in files.items()}
-    return Target(read, unchanged | {name: (json.dumps(metadata).encode(), json_values)})
+    unchanged = {file: (data, None) for file, (data, _) in written(write).items()}
+    return Target(read, unchanged | {name: (unchanged[name][0], json_values)})
 
 
-@target
 def fitted():
     """What lies beside a model: its calibration, its baselines, the scalars of its run."""
     ones = functools.partial(np.ones, dtype=np.float32)
@@ -295,25 +278,21 @@ def fitted():
             writer.write(5, loss=0.5)
 
     def read(path):
-        match path.name:
-            case "baselines.npz":
-                baselines.load(path)
-            case "metrics.jsonl":
-                scalars.read_scalars(path)
-            case _:
-                calibration.read_calibration(path.parent, "medoid", {"seed": 1})
+        if path.suffix == ".json":
+            calibration.read_calibration(path.parent, "medoid", {"seed": 1})
+        else:
+            {".npz": baselines.load, ".jsonl": scalars.read_scalars}[path.suffix](path)
 
-    mutations = {".npz": zipped, ".json": json_values, ".jsonl": text}
-    files = written(write).items()
-    return Target(read, {name: (data, mutations[Path(name).suffix]) for name, data in files})
+    return Target(read, written(write))
 
 
+_MAKERS = (heatmaps, motions, images, torch_files, pickles, checkpoint, checkpoint_arrays,
+           checkpoint_metadata, fitted)  # fmt: skip
+TARGETS = {make.__name__: make for make in _MAKERS}
 READERS = tuple(TARGETS)
 
 
-# --- readers that break the rules, for the test of the guard -------------------------------
-
-
+# Readers that break the rules, for the test of the guard.
 _MISBEHAVIOUR = {
     "crashes": lambda path: os.kill(os.getpid(), signal.SIGSEGV),
     "hangs": lambda path: all(itertools.repeat(True)),
@@ -332,8 +311,6 @@ def _misbehaving(do):
 
 TARGETS |= {name: functools.partial(_misbehaving, do) for name, do in _MISBEHAVIOUR.items()}
 
-
-# --- the guard -----------------------------------------------------------------------------
 
 _NEVER = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "os.mkdir",
           "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod",
