@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 import sys
 import types
 from pathlib import Path
@@ -29,7 +30,6 @@ program = programs.load("predict")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-
 MAPS = random_heatmaps(1, 2)
 
 
@@ -39,20 +39,20 @@ def test_heatmaps_from_files(tmp_path):
     np.savez_compressed(tmp_path / "two.npz", heatmaps=MAPS, other=1)
     for name, expected in {"one.npy": MAPS[:1], "two.npy": MAPS, "two.npz": MAPS}.items():
         np.testing.assert_array_equal(predict.read_heatmaps(str(tmp_path / name)), expected)
-    for path, reason in ((tmp_path / "none.npy", "does not exist"), (tmp_path, "is not a file")):
-        with pytest.raises(PredictionError, match=reason):
-            predict.read_heatmaps(path)
+    with pytest.raises(PredictionError, match="is not a file"):
+        predict.read_heatmaps(tmp_path)
 
 
-def saved(save, *args, **kwargs):
+def saved(save, *arrays, **named):
     buffer = io.BytesIO()
-    save(buffer, *args, **kwargs)
+    save(buffer, *arrays, **named)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, "does not exist"),
         (b"hello", "is not a .npy or .npz file of numbers"),
         (saved(np.savez, maps=MAPS), "has no array heatmaps, only maps"),
         (saved(np.save, MAPS[:, :15]), "must be (B, 16, 64, 64), not (2, 15, 64, 64)"),
@@ -62,11 +62,10 @@ def saved(save, *args, **kwargs):
 )
 def test_other_files_than_heatmaps(tmp_path, content, message):
     path = tmp_path / "maps.npy"
-    path.write_bytes(content)
-    with pytest.raises(PredictionError) as error:
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PredictionError, match=f"^{re.escape(str(path))}.*{re.escape(message)}"):
         predict.read_heatmaps(path)
-    assert str(error.value).startswith(str(path))
-    assert message in str(error.value)
 
 
 def test_flat_heatmaps_are_nobody():
@@ -122,8 +121,7 @@ def test_contents():
         "joints_2d_px": (16, 2),
     }  # fmt: skip
     assert {name: array.shape for name, array in arrays.items()} == shapes
-    assert arrays["poses_mm"].dtype == np.float32
-    assert arrays["heatmaps"].dtype == np.float16
+    assert (arrays["poses_mm"].dtype, arrays["heatmaps"].dtype) == (np.float32, np.float16)
     assert arrays["joint_names"].tolist() == list(H36M_JOINTS)
     assert arrays["joints_2d_names"].tolist() == list(MPII_JOINTS)
     assert arrays["pose_method"] == "mode"
@@ -145,7 +143,6 @@ def command(tmp_path, monkeypatch):
     load = inference.load
     monkeypatch.setattr(inference, "load", lambda folder: models.get(folder) or load(folder))
     monkeypatch.setattr(detectors, "load", colours.__getitem__)
-    # Small, as drawing it is most of the time.
     monkeypatch.setattr(figures, "save", functools.partial(figures.save, dpi=30))
 
     def run(**values):
@@ -192,23 +189,21 @@ def test_people_in_a_picture(command, tmp_path, capsys):
 
 
 def test_a_folder_of_pictures(command, tmp_path, capsys):
-    folder = tmp_path / "pictures"
+    folder, output = tmp_path / "pictures", tmp_path / "out"
     folder.mkdir()
     image = Image.fromarray(picture(300, 400, person(8, (20, 30), (150, 230), 12), size=12))
-    image.save(folder / "a.png")
-    image.save(folder / "c.png")
+    for name in ("a.png", "c.png"):
+        image.save(folder / name)
     (folder / "b.jpg").write_text("hello")
     Image.new("RGB", (100, 100)).save(folder / "c.bmp")
     with pytest.raises(SystemExit, match="2 of 4 gave no poses"):
         command(image=folder, detector="colours")
-    output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {"a", "c.png"}
     first, second = (written(output / name) for name in ("a", "c.png"))
     np.testing.assert_array_equal(first["poses_mm"], second["poses_mm"])
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
-    assert errors[0].startswith(f"error: {folder / 'b.jpg'} is not a picture")
-    assert errors[1].startswith("error: c.bmp: nobody was found in the picture")
+    unreadable, empty = capsys.readouterr().err.splitlines()
+    assert unreadable.startswith(f"error: {folder / 'b.jpg'} is not a picture")
+    assert empty.startswith("error: c.bmp: nobody was found in the picture")
     with pytest.raises(SystemExit, match=r"^1$"):
         command(image=folder / "c.bmp", detector="colours", output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -222,9 +217,9 @@ def test_heatmaps_of_several_with_an_export_and_its_calibration(command, tmp_pat
     given = {"heatmaps": tmp_path / "maps.npy", "checkpoint": tmp_path / "export", "seed": 4}
     with pytest.raises(SystemExit, match="1 of 2 gave no poses"):
         command(**given, pose="mean")
-    output = tmp_path / "out"
-    assert [path.name for path in output.iterdir()] == ["heatmaps_0001"]
-    arrays = written(output / "heatmaps_0001")
+    (output,) = (tmp_path / "out").iterdir()
+    assert output.name == "heatmaps_0001"
+    arrays = written(output)
     expected = small_model().sample(jax.random.key(4), maps[1:], 5)[0]
     np.testing.assert_array_equal(arrays["poses_mm"], expected)
     assert arrays["radius_calibrated"]
