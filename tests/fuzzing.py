@@ -43,7 +43,7 @@ from diffpose_jax.io import pictures, scalars, trees
 from diffpose_jax.prediction import predict
 
 SEED = 20261122
-CPU_SECONDS, MEMORY_KIB, ADDRESSES, LONGEST_MESSAGE = 3.0, 1 << 20, 6 << 30, 20_000
+CPU_SECONDS, MEMORY_KIB, ADDRESSES, LONGEST_MESSAGE = 8.0, 1 << 20, 6 << 30, 20_000
 
 _INTEGERS = (0, 1, 127, 255, 256, 65535, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 _WORDS = ("nan", "inf", "1e309", "-1", "0", "1e30", "99999999999999999999", "1_000", "1,5", "",
