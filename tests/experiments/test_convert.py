@@ -25,9 +25,7 @@ from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import diffusion
 
-torch = pytest.importorskip(
-    "torch", reason="PyTorch is not installed: it is in the extra test_torch"
-)
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: it is in the extra torch")
 convert = programs.load("convert").convert
 
 SPEC = GOLDEN / "diffpose_state_dict.json"
