@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,25 +76,11 @@ class Model:
           solver: of the reverse process: "ddpm", the paper's 25 steps, or one with fewer steps
             such as "ddpm:8", see `sampling.parse_solver`; by default the model's.
 
-        Returns:
-          `poses_mm` (B, M, 17, 3), Human3.6M joint order, hip-centred camera axes with y up, and
-          the candidates that they were drawn under, (B, S, 16), or (B, M, S, 16) where each
-          hypothesis draws its own.
-
         Raises:
           ValueError: for heatmaps of another shape or type or with NaN, for M < 1, and for an
             unknown solver.
         """
-        checked = heatmaps_lib.check(heatmaps)
-        if num_hypotheses < 1:
-            raise ValueError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
-        steps = self.parse_solver(solver) if isinstance(solver, str) else solver or self.solver
-        static, shared = (self.network, num_hypotheses), (self._replicated_params, key, steps)
-        if len(checked) == 0:
-            one = np.zeros((1, *checked.shape[1:]), np.float32)
-            shape = jax.eval_shape(functools.partial(_draw, *static), *shared, one, 1)
-            return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), shape)
-        return distributed.spread(_draw, static, shared, checked, most=MAX_IMAGES)
+        return self._spread(_draw, key, heatmaps, num_hypotheses, solver)
 
     def sample(
         self,
@@ -101,8 +89,28 @@ class Model:
         num_hypotheses: int = 200,
         solver: str | sampling.Steps | None = None,
     ) -> Float[Array, "B M 17 3"]:
-        """The poses of `draw`: (B, M, 17, 3), millimetres."""
-        return self.draw(key, heatmaps, num_hypotheses, solver).poses_mm
+        """The poses of `draw`, without candidates, which may take 20 times as much memory."""
+        return self._spread(_draw_poses, key, heatmaps, num_hypotheses, solver)
+
+    def _spread(
+        self,
+        function: Callable[..., Any],
+        key: Array,
+        heatmaps: Array | np.ndarray,
+        num_hypotheses: int,
+        solver: str | sampling.Steps | None,
+    ) -> Any:
+        """Checks what `draw` takes and runs the function on all local devices."""
+        checked = heatmaps_lib.check(heatmaps)
+        if num_hypotheses < 1:
+            raise ValueError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
+        steps = self.parse_solver(solver) if isinstance(solver, str) else solver or self.solver
+        static, shared = (self.network, num_hypotheses), (self._replicated_params, key, steps)
+        if len(checked) == 0:
+            one = np.zeros((1, *checked.shape[1:]), np.float32)
+            shape = jax.eval_shape(functools.partial(function, *static), *shared, one, 1)
+            return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), shape)
+        return distributed.spread(function, static, shared, checked, most=MAX_IMAGES)
 
     @functools.cached_property
     def _replicated_params(self) -> Params:
@@ -110,7 +118,7 @@ class Model:
         return distributed.replicate(self.params, jax.local_devices())
 
 
-# Of the module, not a method of `network`: see `distributed.spread`.
+# Of the module, not methods of `network`: see `distributed.spread`.
 def _draw(
     network: DiffPose,
     num_hypotheses: int,
@@ -121,6 +129,10 @@ def _draw(
     num_images: Array,
 ) -> Draw:
     return network.draw(params, key, steps, heatmaps, num_hypotheses, num_images)
+
+
+def _draw_poses(*arguments: Any) -> Array:
+    return _draw(*arguments).poses_mm
 
 
 def load(checkpoint: str | Path, weights: str | None = None) -> Model:

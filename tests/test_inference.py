@@ -82,6 +82,7 @@ def test_the_fast_way_is_the_plain_one(changes):
     small, key, number = small_model(**changes), jax.random.key(5), 4
     network, params, maps = small.network, small.params, jnp.asarray(random_heatmaps(6, 3))
     drawn = small.draw(key, maps, number)
+    np.testing.assert_allclose(small.sample(key, maps, number), drawn.poses_mm, atol=0.1)
     schedule, fast = network.schedule, np.float64(drawn.poses_mm)
     predict_noise = jax.jit(network.predict_noise)
     plain = np.zeros_like(fast)
@@ -121,8 +122,8 @@ def test_more_images_than_fit_are_taken_in_turn(monkeypatch):
 def test_few_shapes_are_compiled(monkeypatch):
     """1, 2 and 4 images on each of eight devices."""
     chex.clear_trace_counter()
-    draw = chex.assert_max_traces(inference._draw, n=3)
-    monkeypatch.setattr(inference, "_draw", draw)
+    draw = chex.assert_max_traces(inference._draw_poses, n=3)
+    monkeypatch.setattr(inference, "_draw_poses", draw)
     small, maps = small_model(), random_heatmaps(8, 32)
     for number in range(1, 33):
         small.sample(jax.random.key(number), maps[:number], 2)
