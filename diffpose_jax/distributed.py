@@ -293,25 +293,29 @@ def max_over_processes(number: int) -> int:
 
 def sum_over_processes(tree: _T) -> _T:
     """The sum over the processes of each float64 array of a pytree."""
-    if jax.process_count() == 1:
-        return tree
-    leaves, structure = jax.tree.flatten(tree)
-    # As bits, since JAX has no float64.
-    bits = np.concatenate([leaf.reshape(-1) for leaf in leaves]).view(np.uint32)
-    total = multihost_utils.process_allgather(bits).view(np.float64).sum(axis=0)
-    parts = np.split(total, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(structure, shaped)
+
+    def summed(sent: np.ndarray) -> np.ndarray:
+        total = multihost_utils.process_allgather(sent).view(np.float64).sum(axis=0)
+        return np.asarray(total).view(np.uint8)
+
+    return _exchanged(tree, summed)
 
 
 def broadcast_from_first(tree: _T) -> _T:
     """The first process's pytree, to the bit; the others give one of the same shapes and types."""
+    return _exchanged(tree, multihost_utils.broadcast_one_to_all)
+
+
+def _exchanged(tree: _T, exchange: Callable[[np.ndarray], np.ndarray]) -> _T:
+    """A pytree whose arrays went through a function of their bytes; with one process unchanged.
+
+    As bytes, since JAX has no float64.
+    """
     if jax.process_count() == 1:
         return tree
     leaves, structure = jax.tree.flatten(jax.device_get(tree))
     leaves = [np.asarray(leaf) for leaf in leaves]
-    sent = np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves])
-    received = multihost_utils.broadcast_one_to_all(sent)
+    received = exchange(np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves]))
     parts = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
     shaped = [
         part.copy().view(leaf.dtype).reshape(leaf.shape)
