@@ -286,14 +286,9 @@ def check_choice(config: Any, **choices: tuple[str, ...]) -> None:
             )
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The fields of a configuration as plain values, for JSON and for `from_dict`."""
-    return dataclasses.asdict(config)
-
-
 def flat(config: Config) -> dict[str, Any]:
     """The fields by their whole names, such as "model.encoder", as JSON holds the values."""
-    return flatten_dict(json.loads(json.dumps(to_dict(config))), sep=".")
+    return flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
 
 
 def from_dict(fields: Any, where: str = "config") -> Config:

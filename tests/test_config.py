@@ -87,7 +87,7 @@ def test_values_out_of_range_are_named(part, changes, problem):
 
 def test_a_configuration_survives_json():
     config = config_lib.from_dict(quickstart.get_config())
-    content = json.loads(json.dumps(config_lib.to_dict(config)))
+    content = json.loads(json.dumps(dataclasses.asdict(config)))
     assert config_lib.from_dict(content) == config
 
 

@@ -11,7 +11,6 @@ in millimetres.
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -40,9 +39,7 @@ class RegressionNetwork(nn.Module):
 
     A linear layer, two residual blocks of two, and a linear layer out; batch normalisation, ReLU
     and dropout of a half after each but the last. The paper's max-norm on the weights is left out.
-
-    Attributes:
-      width: units of the hidden layers, 1024 in the paper.
+    `width` is that of the hidden layers, 1024 in the paper.
     """
 
     width: int
@@ -239,9 +236,7 @@ def save(path: str | Path, baselines: Baselines, fitted_on: dict[str, Any]) -> N
     """Writes baselines as .npz, with plain values that they depend on."""
     contents: dict[str, Any] = {_FITTED_ON: json.dumps(fitted_on)}
     contents |= traverse_util.flatten_dict(serialization.to_state_dict(baselines), sep="/")
-    file = io.BytesIO()
-    np.savez(file, **contents)
-    write_atomic(path, file.getvalue())
+    write_atomic(path, numpy_files.npz_bytes(contents))
 
 
 def load(path: str | Path) -> tuple[Baselines, dict[str, Any]]:

@@ -12,7 +12,6 @@ computations", compatibility guarantees). A checkpoint is for keeps, this is for
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -21,14 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax import Array
 from jax import export as jax_export
 
 from diffpose_jax.config import ConfigError
 from diffpose_jax.inference import Model
-from diffpose_jax.io import extras, files, trees
+from diffpose_jax.io import arrays, extras, files, trees
 from diffpose_jax.method.sampling import Steps
 from diffpose_jax.skeleton import H36M_JOINTS, HEATMAP_SIZE, MPII_JOINTS, NUM_HEATMAPS
 
@@ -61,12 +59,10 @@ def build(model: Model, num_hypotheses: int, solver: Steps) -> dict[str, bytes]:
         )
     finally:
         jax.config.update(option, before)
-    npz = io.BytesIO()
-    np.savez(npz, **parameters)
     description = _description(exported, num_hypotheses, solver.name)
     return {
         "sampler.stablehlo": bytes(exported.serialize()),
-        "parameters.npz": npz.getvalue(),
+        "parameters.npz": arrays.npz_bytes(parameters),
         "sampler.json": (json.dumps(description, indent=2) + "\n").encode(),
         "example.py": EXAMPLE.encode(),
     }

@@ -1,13 +1,23 @@
-"""Reads NumPy's files of strangers: plain numbers and text, no Python objects."""
+"""NumPy's files: .npz as bytes, and files of strangers read without Python objects."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 MAX_UNPACKED_BYTES = 1 << 30  # what is larger can be given as .npy, which is not packed
+
+
+def npz_bytes(content: Mapping[str, Any], *, compressed: bool = False) -> bytes:
+    """The content of a .npz file, for `files.write_atomic`."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **content)
+    return buffer.getvalue()
 
 
 def read(path: str | os.PathLike[str]) -> np.ndarray | dict[str, np.ndarray]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -163,10 +161,8 @@ def write(
             results={"num_hypotheses": len(poses_mm)},
             examples=[example],
         )
-        buffer = io.BytesIO()
-        content: dict[str, Any] = contents(detection, prediction)
-        np.savez_compressed(buffer, **content)
-        files.write_atomic(folder / "hypotheses.npz", buffer.getvalue())
+        packed = arrays.npz_bytes(contents(detection, prediction), compressed=True)
+        files.write_atomic(folder / "hypotheses.npz", packed)
     except OSError as error:
         raise PredictionError(f"{folder} cannot be written: {error}") from error
 

@@ -10,6 +10,7 @@ is read (`io.trees` says why).
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ FORMAT = "diffpose_jax checkpoint 1"
 
 _PARAMS, _EMA, _OPTIMIZER, _METADATA = "params", "ema", "optimizer", "metadata"
 _LONG = 200  # characters
-_OWN_SUM, _POSE_UNIT = "metadata_crc32", "mm"
+_OWN_SUM = "metadata_crc32"
 _ITEM_OF_WEIGHTS = {"raw": _PARAMS, "ema": _EMA}
 
 
@@ -255,14 +256,17 @@ def export(
 def _metadata(config: Config, data_fingerprint: str, arrays: dict[str, Any]) -> dict[str, Any]:
     metadata = {
         "format": FORMAT,
-        "joint_names": list(H36M_JOINTS),
-        "pose_unit": _POSE_UNIT,
-        "pose_scale": config.model.pose_scale,
+        **_poses(config.model.pose_scale),
         "data_fingerprint": data_fingerprint,
-        "config": config_lib.to_dict(config),
+        "config": dataclasses.asdict(config),
         "crc32": {item: trees.array_sums(tree) for item, tree in arrays.items()},
     }
     return metadata | {_OWN_SUM: trees.json_sum(metadata)}
+
+
+def _poses(pose_scale: float) -> dict[str, Any]:
+    """What a checkpoint says of its poses."""
+    return {"joint_names": list(H36M_JOINTS), "pose_unit": "mm", "pose_scale": pose_scale}
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -277,12 +281,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         pose_scale = metadata["config"]["model"]["pose_scale"]
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{folder}: {_METADATA} holds no configuration") from error
-    written_for = {
-        "joint_names": list(H36M_JOINTS),
-        "pose_unit": _POSE_UNIT,
-        "pose_scale": pose_scale,
-    }
-    for name, expected in written_for.items():
+    for name, expected in _poses(pose_scale).items():
         if metadata.get(name, expected) != expected:
             raise kind(
                 f"{folder}: its poses are others: {name} is {str(metadata[name])[:500]}, not"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -17,7 +18,6 @@ from typing import Any
 
 import jax
 
-from diffpose_jax import config as config_lib
 from diffpose_jax._version import __version__
 from diffpose_jax.config import Config, ConfigError
 from diffpose_jax.io.files import read_json, write_json
@@ -30,11 +30,7 @@ _REPOSITORY = Path(__file__).parents[2]
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to stop.
-
-    Attributes:
-      signal: which.
-    """
+    """A signal asked the process to stop; `signal` says which."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -97,7 +93,7 @@ def write_config(folder: Path, config: Config, start: dict[str, Any] | None = No
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it") from error
     records = [start] if start else []
-    write_json(path, config_lib.to_dict(config) | {"started": [*started, *records]})
+    write_json(path, dataclasses.asdict(config) | {"started": [*started, *records]})
 
 
 def start_record(*, seed: int, step: int, data_fingerprint: str) -> dict[str, Any]:

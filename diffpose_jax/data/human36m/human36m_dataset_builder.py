@@ -86,7 +86,9 @@ class Human36m(prepared.DetectionsBuilder):
             return fields
         files = [self.source]
         if self.config.format == "wehrbein":
-            files = [self.source / wehrbein.FILES[table] for table in self._tables()]
+            files = [
+                self.source / wehrbein.FILES[table] for table in sequences.tables(self.config.split)
+            ]
         left_out = {*_RAW_FIELDS, "detector"}
         own = {key: value for key, value in fields.items() if key not in left_out}
         return own | {"source": _digest(files)}
@@ -110,7 +112,9 @@ class Human36m(prepared.DetectionsBuilder):
         """Looks at all files: reads all poses, and all videos without decoding them."""
         split = self.config.split
         if self.config.format == "raw":
-            raw.check([found for table in self._tables() for found in self._recordings(table)])
+            raw.check(
+                [found for table in sequences.tables(split) for found in self._recordings(table)]
+            )
         elif self.config.format == "released":
             released.check(self.source, split)
         else:
@@ -125,19 +129,12 @@ class Human36m(prepared.DetectionsBuilder):
         if self.config.format == "raw":
             return self._raw_parts(subset)
         if self.config.format == "wehrbein":
-            read = functools.partial(wehrbein.read, source, split, subset)
-            return [Part(subset, subset, read)]
+            return [Part(subset, subset, functools.partial(wehrbein.read, source, split, subset))]
+        read = functools.partial(released.read, source, split, subset)
         return [
-            Part(
-                f"{subset}_{piece.start}",
-                subset,
-                functools.partial(released.read, source, split, subset, piece),
-            )
+            Part(f"{subset}_{piece.start}", subset, functools.partial(read, piece))
             for piece in released.pieces(source, split, subset)
         ]
-
-    def _tables(self) -> list[str]:
-        return sorted({sequences.table(self.config.split, subset) for subset in ("train", "test")})
 
     def _recordings(self, table: str) -> list[raw.Recording]:
         subjects = sequences.SPLITS["standard"][table]

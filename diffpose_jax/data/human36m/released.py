@@ -41,7 +41,7 @@ _EXTRA = "human36m"
 def check(path: Path, split: str) -> None:
     """Finds out whether the file can be read for a key of `sequences.SPLITS`: its ends are read."""
     with hdf5.opened(path, _EXTRA) as file:
-        for name in sorted({_table(split, subset) for subset in ("train", "test")}):
+        for name in map(_path, sequences.tables(split)):
             _check_table(hdf5.dataset(file, name), f"{path}: {name}")
 
 
@@ -67,7 +67,7 @@ def pieces(path: Path, split: str, subset: str) -> list[range]:
     told without reading all of them.
     """
     with hdf5.opened(path, _EXTRA) as file:
-        size = len(hdf5.dataset(file, _table(split, subset)))
+        size = len(hdf5.dataset(file, _path(sequences.table(split, subset))))
     step = size if split == "validation" else _PIECE_ROWS
     return [range(start, min(start + step, size)) for start in range(0, size, step)]
 
@@ -75,7 +75,7 @@ def pieces(path: Path, split: str, subset: str) -> list[range]:
 def read(path: Path, split: str, subset: str, piece: range) -> Iterator[dict[str, np.ndarray]]:
     """Reads one of `pieces`, in the order of its table: columns of up to 256 rows."""
     with hdf5.opened(path, _EXTRA) as file:
-        fields = hdf5.dataset(file, _table(split, subset)).fields(list(_FIELDS))
+        fields = hdf5.dataset(file, _path(sequences.table(split, subset))).fields(list(_FIELDS))
         for start in range(piece.start, piece.stop, _ROWS):
             stop = min(start + _ROWS, piece.stop)
             chunk = _columns(fields[start:stop], np.arange(start, stop, dtype=np.int32))
@@ -84,8 +84,8 @@ def read(path: Path, split: str, subset: str, piece: range) -> Iterator[dict[str
                 yield {name: column[used] for name, column in chunk.items()}
 
 
-def _table(split: str, subset: str) -> str:
-    return f"/dataset/{sequences.table(split, subset)}set"
+def _path(table: str) -> str:
+    return f"/dataset/{table}set"
 
 
 def _columns(rows: np.ndarray, table_rows: Int32[np.ndarray, " n"]) -> dict[str, np.ndarray]:

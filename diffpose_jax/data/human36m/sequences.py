@@ -73,6 +73,11 @@ def table(split: str, subset: str) -> str:
     return "train" if split == "validation" else subset
 
 
+def tables(split: str) -> list[str]:
+    """The tables that a split is made of."""
+    return sorted({table(split, subset) for subset in ("train", "test")})
+
+
 def file_names(sequence: Sequence) -> list[str]:
     """What the files of a recording may be called, without their endings."""
     suffixes = _SUFFIXES_OF.get(f"{sequence.subject} {sequence.action}", ("", "1"))

@@ -105,7 +105,7 @@ def load_arrays(path: Path) -> Any:
 
 def check(folder: Path, split: str) -> None:
     """Finds out whether all recordings of a key of `sequences.SPLITS` are there and can be read."""
-    for table in sorted({sequences.table(split, subset) for subset in ("train", "test")}):
+    for table in sequences.tables(split):
         if not list(_recordings(folder, table)):
             raise FileError(f"{folder / FILES[table]} holds no frames.")
 

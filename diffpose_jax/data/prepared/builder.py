@@ -38,6 +38,7 @@ from diffpose_jax.config import check_range, parse
 from diffpose_jax.data import compact
 from diffpose_jax.data.prepared import reader
 from diffpose_jax.data.prepared.reader import Columns
+from diffpose_jax.io.arrays import npz_bytes
 from diffpose_jax.io.files import sync, write_atomic, write_json
 from diffpose_jax.io.locks import waiting
 from diffpose_jax.skeleton import NUM_JOINTS
@@ -362,12 +363,8 @@ def _read_records(path: Path) -> Iterator[bytes]:
 
 
 def _save_columns(path: Path, pieces: list[Columns]) -> None:
-    joined: dict[str, Any] = {
-        name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]
-    }
-    content = io.BytesIO()
-    np.savez_compressed(content, **joined)
-    write_atomic(path, content.getvalue())
+    joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    write_atomic(path, npz_bytes(joined, compressed=True))
 
 
 @contextlib.contextmanager
