@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -39,13 +42,24 @@ class Stopped(KeyboardInterrupt):
 
 def raise_when_stopped() -> None:
     """Makes SIGINT and SIGTERM raise `Stopped`, so that what is half done is cleaned up."""
+    others = sys.unraisablehook
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
         raise Stopped(number)
 
+    def again(unraisable: Any) -> None:
+        # The handler ran in a callback of the garbage collector, or another from which nothing can
+        # be raised: the signal would be lost.
+        if isinstance(unraisable.exc_value, Stopped):
+            send = functools.partial(os.kill, os.getpid(), unraisable.exc_value.signal)
+            threading.Timer(0.01, send).start()
+        else:
+            others(unraisable)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    sys.unraisablehook = again
 
 
 @contextlib.contextmanager

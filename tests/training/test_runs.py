@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +37,31 @@ def restored_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def restored_hook(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_raises(number, restored_handlers):
     runs.raise_when_stopped()
     with pytest.raises(runs.Stopped, match=number.name) as stopped:
         os.kill(os.getpid(), number)
     assert stopped.value.signal == number
+
+
+def test_a_signal_is_not_lost_where_nothing_can_be_raised(restored_handlers):
+    class Collected:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            passed.append(True)
+
+    passed = []
+    runs.raise_when_stopped()
+    with pytest.raises(runs.Stopped, match="SIGTERM"):
+        Collected()
+        time.sleep(60)
+    assert not passed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
