@@ -46,6 +46,7 @@ from diffpose_jax.evaluation import metrics
 from diffpose_jax.inference import Model
 from diffpose_jax.io import files
 from diffpose_jax.method import network as network_lib
+from diffpose_jax.method import sampling
 from diffpose_jax.method.network import DiffPose
 from diffpose_jax.method.pose_vector import POSE_SIZE
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS, NUM_JOINTS
@@ -191,7 +192,7 @@ def sample() -> None:
     most_per_pass = network_lib.PER_PASS_ON_CPU if is_cpu else network_lib.PER_PASS
     for dtype in DTYPES.value:
         config, network = _full_size(dtype)
-        model = Model(network, network.init(key), config)
+        model = Model(network, network.init(key), config, errors=_any_errors(network))
         for size in SIZES.value:
             images, number = map(int, size.split("x"))
             shape = (images, NUM_HEATMAPS, HEATMAP_SIZE, HEATMAP_SIZE)
@@ -210,16 +211,23 @@ def sample() -> None:
         report(part="sample", dtype=dtype, **_errors(key, model, rng))
 
 
+def _any_errors(network: DiffPose) -> sampling.PredictionErrors:
+    """For the time that solvers take which make use of them."""
+    ones = np.ones(POSE_SIZE, np.float32)
+    moments = np.broadcast_to(np.diag(ones), (network.schedule.num_steps, POSE_SIZE, POSE_SIZE))
+    return sampling.PredictionErrors(0 * ones, ones, moments, 0 * moments, moments)
+
+
 def _errors(key: Array, model: Model, rng: np.random.Generator) -> dict[str, float]:
     """How far the noise that is predicted is from that of exact products, over its deviation."""
     network, poses = model.network, 1_000
     x_t = jnp.asarray(rng.standard_normal((poses, POSE_SIZE)), jnp.float32)
     t = jnp.asarray(rng.integers(0, network.schedule.num_steps, poses))
     projected = jnp.zeros((poses, network.denoiser.width))
-    eps = jax.jit(network.predict_noise)(model.params, x_t, t, projected)
+    eps = jax.jit(network.predict)(model.params, x_t, t, projected)
     _, exact = _full_size("float32")
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(exact.predict_noise)(model.params, x_t, t, projected)
+        expected = jax.jit(exact.predict)(model.params, x_t, t, projected)
     error = jnp.sqrt(jnp.mean(jnp.square(eps - expected)))
     return {"denoiser_error_over_std": float(error / jnp.std(expected))}
 
@@ -293,10 +301,11 @@ def measure_metrics() -> None:
     hypotheses_mm, truth_mm = jnp.asarray(truth[:, None] + noise), jnp.asarray(truth)
     compute = jax.jit(metrics.per_frame_metrics)
     compiling, seconds = compile_and_median_seconds(lambda: compute(hypotheses_mm, truth_mm), 5)
-    # The energy score's distances between hypotheses outweigh all else: a square root and eight
-    # other operations for each joint of each pair.
-    pairs = frames * NUM_JOINTS * number * (number - 1) / 2
-    floor = pairs / _distances_per_second()
+    # The energy scores' distances between hypotheses outweigh all else: a square root and eight
+    # other operations for each joint of each pair, and one more root for the pair's whole pose.
+    # The sums over the joints, of roots and of squares, are left out of the floor.
+    distances = frames * (NUM_JOINTS + 1) * number * (number - 1) / 2
+    floor = distances / _distances_per_second()
     report_beside_floor("metrics", compiling, seconds, floor, images=frames, hypotheses=number)
 
 

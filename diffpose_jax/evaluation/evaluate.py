@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Key
+from jaxtyping import Bool, Float, Integer, Key
 from tqdm import tqdm
 
 from diffpose_jax import distributed
@@ -27,6 +27,8 @@ SINGLE_POSES = {f"model_{method}": method for method in aggregation.METHODS}
 """One pose from the model's hypotheses: its name in results, to the method of `aggregation`."""
 METHODS = ("model", *SINGLE_POSES, "gaussian", "regression", "mean_pose")
 """The model, single poses from its hypotheses, and its baselines, as results list them."""
+
+_RESAMPLES = 500
 
 
 def hypotheses_key(key: Key[Array, ""]) -> Key[Array, ""]:
@@ -137,7 +139,8 @@ def evaluate(
     Returns:
       The content of results.json for each M: `{"num_hypotheses": M, "subsets": {subset:
       {"frames": n, method: {metric: value}}}}`, means over the frames; a subset without frames is
-      left out. With `group_by` also `"groups": {key: {value: the same}}` and `"averages": {key:
+      left out. The model's and the Gaussian's metrics hold "intervals", see `_intervals`. With
+      `group_by` also `"groups": {key: {value: the same}}` and `"averages": {key:
       {method: {metric: value}}}`, the unweighted means over the groups.
     """
     groups = {
@@ -146,6 +149,12 @@ def evaluate(
         for value in np.unique(examples.groups[name][subsets["all"]])
     }
     masks = subsets | groups
+    clips, clip_of = np.unique(examples.clips, return_inverse=True)
+    # By subset and recording, for the intervals.
+    of_clips = np.array(
+        [[mask & (clip_of == i) for i in range(len(clips))] for mask in subsets.values()]
+    )
+    sets = np.concatenate([list(masks.values()), of_clips.reshape(-1, len(clip_of))])
     counted = np.flatnonzero(np.any(list(subsets.values()), axis=0))
     if len(counted) == 0:
         raise ValueError("no frame is counted")
@@ -175,17 +184,63 @@ def evaluate(
             to_host=True,
             devices=devices,
         )
-        weights = np.array([mask[rows] for mask in masks.values()]) * is_counted
+        weights = sets[:, rows] * is_counted
         sums = jax.tree.map(lambda x, w=weights: np.tensordot(w, np.float64(x), 1), found)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         progress.update(len(frames))
     progress.close()
     total = distributed.sum_over_processes(total)
     sizes = {name: int(mask.sum()) for name, mask in masks.items()}
-    return {
+    contents = {
         count: _content(count, total[count], sizes, list(subsets), group_by)
         for count in num_hypotheses
     }
+    frames = of_clips.sum(-1)
+    for count, content in contents.items():
+        for i, subset in enumerate(subsets):
+            first = len(masks) + i * len(clips)
+            for method in {"model", f"model_{pose}", "gaussian"} & set(total[count]):
+                sums = {
+                    name: x[first : first + len(clips)] for name, x in total[count][method].items()
+                }
+                found = _intervals(count, sums, frames[i])
+                if found:
+                    content["subsets"][subset][method]["intervals"] = found
+    return contents
+
+
+def _intervals(
+    count: int, sums: dict[str, Float[np.ndarray, "C ..."]], frames: Integer[np.ndarray, " C"]
+) -> dict[str, Any]:
+    """95 % intervals of the metrics by a bootstrap over recordings (Efron and Tibshirani 1993).
+
+    Frames of one recording are alike, so recordings are drawn with replacement, all frames of each.
+    With few of them, under some twenty, the intervals are too narrow. None with only one.
+
+    Args:
+      count: M.
+      sums: metrics summed over the frames of each of C recordings.
+      frames: their numbers of frames; those without are left out.
+    """
+    has_frames = frames > 0
+    number = int(has_frames.sum())
+    if number < 2:
+        return {}
+    draws = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), _RESAMPLES)
+    drawn = {name: np.tensordot(draws, x[has_frames], 1) for name, x in sums.items()}
+    count = count if "mpjpe_best_at" in drawn else 1
+    found = [
+        MetricSums(size, {name: x[i] for name, x in drawn.items()}, count).finalize()
+        for i, size in enumerate(draws @ frames[has_frames])
+    ]
+    names = [name for name, value in found[0].items() if isinstance(value, float)]
+    values = {name: [one[name] for one in found] for name in names}
+    if "region_coverage" in found[0]:
+        values |= {
+            f"region_coverage_{percent}": [one["region_coverage"][percent] for one in found]
+            for percent in found[0]["region_coverage"]
+        }
+    return {name: np.quantile(x, (0.025, 0.975)).tolist() for name, x in values.items()}
 
 
 def _content(

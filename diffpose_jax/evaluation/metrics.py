@@ -9,6 +9,7 @@ metric, the paper's convention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,11 @@ from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_MIRROR, H36M_RIG
 PCK_THRESHOLD_MM = 150.0
 CPS_MAX_THRESHOLD_MM = 300
 ECE_LEVELS: np.ndarray = np.linspace(0, 1, 21)
-"""Quantile levels of the calibration error (0, 0.05, ..., 1), as in Pierzchlewicz et al."""
+"""Levels of all calibration (0, 0.05, ..., 1), those of the ECE of Pierzchlewicz et al."""
+REGION_PERCENTS: tuple[int, ...] = (50, 80, 90, 95)
+"""What the regions of `region_coverage` hold of the hypotheses; levels of `ECE_LEVELS`."""
+SHARPNESS_LEVEL = 0.9
+"""What the ball of `sharpness_mm` holds of the hypotheses."""
 BEST_AT: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 """Numbers of hypotheses at which the expected best error is reported."""
 
@@ -34,7 +39,9 @@ _CPS_JOINTS = np.flatnonzero([name != "Spine" for name in H36M_JOINTS])
 # midpoint of the two hips, so its halves are equal whatever was predicted.
 _RIGHT_BONES = np.array([(a, b) for a, b in H36M_BONES if b in H36M_RIGHT and a != 0])
 _LEFT_BONES = np.array(H36M_MIRROR)[_RIGHT_BONES]
+_POSE_SIZE = (len(H36M_JOINTS) - 1) ** 0.5
 _HIGHEST = jax.lax.Precision.HIGHEST  # the default lets a GPU round products to TF32
+_T = TypeVar("_T")
 
 
 def joint_errors(
@@ -104,10 +111,8 @@ def symmetry_error(poses_mm: Float[Array, "*B 17 3"]) -> Float[Array, "*B"]:
 
 
 def fold_pairs(
-    add: Callable[[Array, Array, Array], Array],
-    hypotheses_mm: Float[Array, "B M J 3"],
-    start: Float[Array, "*total"],
-) -> Float[Array, "*total"]:
+    add: Callable[[_T, Array, Array], _T], hypotheses_mm: Float[Array, "B M J 3"], start: _T
+) -> _T:
     """Folds `add(total, squares, shift)` over the pairs of hypotheses of each frame.
 
     `squares` (B, J, M) are squared distances between the joints of hypothesis m and those of
@@ -120,7 +125,7 @@ def fold_pairs(
     here = [jnp.swapaxes(hypotheses_mm[..., axis], 1, 2) for axis in range(3)]
     around = [jnp.concatenate([x, x], axis=-1) for x in here]
 
-    def visit(shift: Array, total: Array) -> Array:
+    def visit(shift: Array, total: _T) -> _T:
         there = [jax.lax.dynamic_slice_in_dim(x, shift, M, axis=-1) for x in around]
         x, y, z = (a - b for a, b in zip(here, there, strict=True))
         return add(total, x**2 + y**2 + z**2, shift)
@@ -128,22 +133,33 @@ def fold_pairs(
     return jax.lax.fori_loop(1, M // 2 + 1, visit, start)
 
 
-def mean_pairwise_distance(hypotheses_mm: Float[Array, "B M J 3"]) -> Float[Array, " B"]:
-    """Mean MPJPE between different hypotheses of a frame, in millimetres; 0 for M = 1."""
+def mean_pairwise_distances(
+    hypotheses_mm: Float[Array, "B M J 3"],
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Mean distances between different hypotheses of a frame, in millimetres; 0 for M = 1.
+
+    Returns:
+      That of single joints, averaged over them, and that of whole poses, the norm over all joints.
+    """
     B, M, J = hypotheses_mm.shape[:3]
 
-    # Joints are added up at the end: a sum over their axis in each step takes twice the time.
-    def add(total: Array, squares: Array, shift: Array) -> Array:
-        return total + jnp.where(2 * shift == M, 0.5, 1.0) * jnp.sqrt(squares)
+    def add(totals: tuple[Array, Array], squares: Array, shift: Array) -> tuple[Array, Array]:
+        weight = jnp.where(2 * shift == M, 0.5, 1.0)
+        joints, poses = jnp.sum(jnp.sqrt(squares), axis=1) / J, jnp.sqrt(jnp.sum(squares, axis=1))
+        return totals[0] + weight * joints, totals[1] + weight * poses
 
-    total = fold_pairs(add, hypotheses_mm, jnp.zeros((B, J, M), hypotheses_mm.dtype))
-    return jnp.mean(total, axis=(1, 2)) * 2 / max(M - 1, 1)
+    zeros = jnp.zeros((B, M), hypotheses_mm.dtype)
+    of_joints, of_poses = (
+        jnp.mean(total, axis=1) * 2 / max(M - 1, 1)
+        for total in fold_pairs(add, hypotheses_mm, (zeros, zeros))
+    )
+    return of_joints, of_poses
 
 
 def calibration(
     hypotheses_mm: Float[Array, "B M 17 3"], truth_mm: Float[Array, "B 17 3"]
-) -> tuple[Float[Array, "B 21 17"], Float[Array, "B 17"]]:
-    """Where the truth lies among the hypotheses, for both calibration numbers.
+) -> tuple[Float[Array, "B 21 17"], Float[Array, "B 17"], Float[Array, "B 17"]]:
+    """Where the truth lies in the balls around the centre of each joint's hypotheses.
 
     After Pierzchlewicz et al. 2022 (arXiv 2210.11179): the component-wise median of a joint's
     hypotheses is the centre, and the joint's hypotheses and truth are ranked by their
@@ -154,9 +170,10 @@ def calibration(
         distances (linear interpolation) at each of `ECE_LEVELS`, else 0.
       farther: the share of hypotheses that are farther from the centre than the truth, which the
         published DiffPose program averages and calls ECE.
+      radius_mm: the quantile of the hypotheses' distances at `SHARPNESS_LEVEL`.
     """
     M = hypotheses_mm.shape[1]
-    centre = _median_over_hypotheses(hypotheses_mm)
+    centre = _quantile_over_hypotheses(hypotheses_mm, 0.5)
     # One array for both and a barrier: fused separately, the distances of a truth and of a
     # hypothesis equal to it could differ in the last bit, and then it is no longer a tie.
     poses = jnp.concatenate([hypotheses_mm, truth_mm[:, None]], axis=1)
@@ -179,17 +196,41 @@ def calibration(
     within = (num_closer[:, None] <= rank) | (
         (num_closer[:, None] == rank + 1) & (quantile > truth_distance[:, None])
     )
-    return within.astype(distance.dtype), jnp.mean(is_farther, axis=1)
+    radius_mm = _quantile_over_hypotheses(distance, SHARPNESS_LEVEL)
+    return within.astype(distance.dtype), jnp.mean(is_farther, axis=1), radius_mm
 
 
-def _median_over_hypotheses(values: Float[Array, "B M J 3"]) -> Float[Array, "B J 3"]:
-    """Median of float32 values over the hypotheses, exactly that of `jnp.median`.
+def pit(
+    hypotheses_mm: Float[Array, "B M 17 3"], truth_mm: Float[Array, "B 17 3"]
+) -> Float[Array, "B 21 16 3"]:
+    """Share of the probability integral transform at most each of `ECE_LEVELS`, without the hip.
 
-    Bisects the value by its bits and counts, 31 passes over the data: for 64 frames of 200
-    hypotheses 6 ms on two cores of a CPU; `jnp.median`, which sorts, takes 67 ms.
+    The transform of a coordinate (Gneiting, Balabdaoui and Raftery 2007) is (r + u) / (M + 1), with
+    r the number of hypotheses below the truth and u uniform in [0, 1). The mean over u takes the
+    place of drawing it. Of t hypotheses equal to the truth any number may count as below it, each
+    from 0 to t as likely: then the transform is uniform whenever truth and hypotheses are
+    exchangeable, at every M, which it would not be if each of the t counted half.
+    """
+    M = hypotheses_mm.shape[1]
+    hypotheses_mm, truths = hypotheses_mm[:, :, 1:], truth_mm[:, None, 1:]
+    below = jnp.sum(hypotheses_mm < truths, axis=1)[:, None]
+    equal = jnp.sum(hypotheses_mm == truths, axis=1)[:, None]
+    position = jnp.asarray(ECE_LEVELS * (M + 1), truth_mm.dtype)[None, :, None, None]
+    return jnp.clip((position - below) / (equal + 1), 0, 1)
+
+
+def _quantile_over_hypotheses(
+    values: Float[Array, "B M *J"], level: float
+) -> Float[Array, " B *J"]:
+    """Quantile of float32 values over the hypotheses, that of `jnp.quantile` up to rounding.
+
+    Bisects the value by its bits and counts, 31 passes over the data: the median of 64 frames of
+    200 hypotheses takes 6 ms on two cores of a CPU; `jnp.median`, which sorts, takes 67 ms.
     """
     M = values.shape[1]
-    k = (M - 1) // 2
+    position = round(level * (M - 1), 9)
+    k = int(position)
+    fraction = position - k
     keys = _ordered_bits(values.astype(jnp.float32))
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -199,13 +240,13 @@ def _median_over_hypotheses(values: Float[Array, "B M J 3"]) -> Float[Array, "B 
         return jnp.where(reached, low, middle + 1), jnp.where(reached, middle, high)
 
     lower, _ = jax.lax.fori_loop(0, 32, halve, (jnp.min(keys, axis=1), jnp.max(keys, axis=1)))
-    if M % 2:
+    if fraction == 0:
         return _from_ordered_bits(lower)
     beyond = keys > lower[:, None]
     following = jnp.min(jnp.where(beyond, keys, jnp.iinfo(jnp.int32).max), axis=1)
     tied = M - jnp.sum(beyond, axis=1) > k + 1
     upper = jnp.where(tied, lower, following)
-    return (_from_ordered_bits(lower) + _from_ordered_bits(upper)) / 2
+    return (1 - fraction) * _from_ordered_bits(lower) + fraction * _from_ordered_bits(upper)
 
 
 def _ordered_bits(values: Float[Array, "*N"]) -> Int[Array, "*N"]:
@@ -258,13 +299,19 @@ def per_frame_metrics(
       * `symmetry`: `symmetry_error`, mean over the hypotheses, millimetres.
       * `energy_score`: mean over joints of E|X - y| - E|X - X'| / 2 with Euclidean norms and the
         unbiased mean over pairs (Gneiting and Raftery 2007), millimetres; proper, lower is better,
-        and the MPJPE if M = 1.
+        and the MPJPE if M = 1. It is `energy_error`, the first mean, less `energy_spread`.
+      * `energy_score_pose`: the same of the whole pose, with norms over its 48 coordinates (all but
+        the hip's) divided by the root of its 16 joints, so that dependent joints count.
 
       For M > 1 also:
 
       * `mpjpe_best_at`: (B, len(best_at_sizes(M))), the expected MPJPE of the best of K hypotheses,
         averaged over all choices of K of the M. Millimetres.
       * `within_quantile`: (B, 21, 17) and `ece_quantile`: (B, 17), see `calibration`.
+      * `sharpness_mm`: mean over the joints but the hip of `calibration`'s radius of the ball that
+        holds `SHARPNESS_LEVEL` of the hypotheses. The smaller the better among distributions that
+        are calibrated alike (Gneiting, Balabdaoui and Raftery 2007).
+      * `pit`: (B, 21, 16, 3), see the function.
     """
     M = hypotheses_mm.shape[1]
     truths = truth_mm[:, None]
@@ -274,6 +321,8 @@ def per_frame_metrics(
     mpjpe = jnp.sort(jnp.mean(errors, axis=-1), axis=1)
     pa_mpjpe = jnp.mean(aligned_errors, axis=-1)
     mpjpe_mean = jnp.mean(mpjpe, axis=1)
+    pose_error = jnp.mean(jnp.linalg.norm(errors, axis=-1), axis=1)
+    pairs, pose_pairs = mean_pairwise_distances(hypotheses_mm)
 
     metrics = {
         "mpjpe_best": mpjpe[:, 0],
@@ -287,12 +336,18 @@ def per_frame_metrics(
         "cps_best": correct_poses_score(aligned_errors),
         "cps_area_best": correct_poses_area(aligned_errors),
         "symmetry": jnp.mean(symmetry_error(hypotheses_mm), axis=1),
-        "energy_score": mpjpe_mean - mean_pairwise_distance(hypotheses_mm) / 2,
+        "energy_score": mpjpe_mean - pairs / 2,
+        "energy_error": mpjpe_mean,
+        "energy_spread": pairs / 2,
+        "energy_score_pose": (pose_error - pose_pairs / 2) / _POSE_SIZE,
     }
     if M > 1:
         weights = jnp.asarray(_best_at_weights(M), mpjpe.dtype)
         metrics["mpjpe_best_at"] = jnp.einsum("bm,km->bk", mpjpe, weights, precision=_HIGHEST)
-        metrics["within_quantile"], metrics["ece_quantile"] = calibration(hypotheses_mm, truth_mm)
+        within, farther, radius_mm = calibration(hypotheses_mm, truth_mm)
+        metrics |= {"within_quantile": within, "ece_quantile": farther}
+        metrics["sharpness_mm"] = jnp.mean(radius_mm[:, 1:], axis=1)
+        metrics["pit"] = pit(hypotheses_mm, truth_mm)
     return metrics
 
 
@@ -304,10 +359,10 @@ class MetricSums:
     sums: dict[str, ArrayLike]
     num_hypotheses: int = struct.field(pytree_node=False)
 
-    def finalize(self) -> dict[str, float | dict[int, float]]:
+    def finalize(self) -> dict[str, Any]:
         """Means over the frames, as plain numbers.
 
-        The two calibration numbers are not means of frames' values but of their frequencies:
+        Calibration is measured on frequencies over all frames:
 
         * `ece`: mean over the levels q of |median over joints of the frequency with which the
           truth lies within the q-quantile - q|, without the hip; ideal 0 as M grows (the
@@ -315,12 +370,17 @@ class MetricSums:
           0.04 at M = 20). Pierzchlewicz et al. 2022.
         * `ece_quantile`: median over all 17 joints of the mean share of hypotheses farther
           from the centre than the truth; ideal 0.5. The published DiffPose program's "ECE".
+        * `region_coverage`: {percent: share of the joints of all frames, without the hip, within
+          the ball that holds that percentage of the hypotheses}, for `REGION_PERCENTS`.
+        * `reliability`: {axis: {joint: frequencies}}, how often `pit` is at most each level;
+          ideally the levels themselves. `pit_error`: mean of |frequency - level| over the 48
+          coordinates and 21 levels; no median over the joints, which hides opposite errors.
 
         `mpjpe_best_at` is a dict from K; what needs several hypotheses is left out if M = 1.
         """
         frames = float(np.asarray(self.frames))
         means = {name: np.asarray(total, np.float64) / frames for name, total in self.sums.items()}
-        results: dict[str, float | dict[int, float]] = {
+        results: dict[str, Any] = {
             name: float(mean) for name, mean in means.items() if mean.ndim == 0
         }
         if self.num_hypotheses > 1:
@@ -328,7 +388,17 @@ class MetricSums:
             best_at = zip(sizes, means["mpjpe_best_at"].tolist(), strict=True)
             results["mpjpe_best_at"] = dict(best_at)
             # The hip is the origin of hypotheses and truth alike: it has no calibration.
-            frequency = np.median(means["within_quantile"][:, 1:], axis=1)
+            within = means["within_quantile"][:, 1:]
+            frequency = np.median(within, axis=1)
             results["ece"] = float(np.mean(np.abs(frequency - ECE_LEVELS)))
             results["ece_quantile"] = float(np.median(means["ece_quantile"]))
+            results["region_coverage"] = {
+                str(percent): float(np.mean(within[percent // 5])) for percent in REGION_PERCENTS
+            }
+            results["reliability"] = {
+                axis: dict(zip(H36M_JOINTS[1:], of_joints.tolist(), strict=True))
+                for axis, of_joints in zip("xyz", means["pit"].T, strict=True)
+            }
+            off = np.abs(means["pit"] - ECE_LEVELS[:, None, None])
+            results["pit_error"] = float(np.mean(off))
         return results

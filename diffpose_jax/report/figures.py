@@ -259,29 +259,43 @@ def plot_loss(steps: Sequence[int] | np.ndarray, losses: Sequence[float] | np.nd
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_calibration(
-    levels: Float[np.ndarray, " L"],
-    observed: Mapping[str, Float[np.ndarray, " L"]],
-    title: str = "",
-) -> Figure:
-    """Shows how often the truth lies within each predicted quantile level.
+def plot_reliability(results: Mapping[str, Any]) -> Figure:
+    """Shows how often the truth lies where the hypotheses say, from the content of a results.json.
 
-    Below the diagonal the hypotheses are too sure of themselves, above it too spread out. The
-    legend has each curve's expected calibration error (ECE), the mean of abs(observed - level).
+    Three panels have the model's `reliability` on all frames, a line for each joint. Where it rises
+    above the diagonal and then falls below it, the hypotheses are too sure of themselves; where it
+    stays above, they are too far along the axis. The last panel has the `region_coverage` of the
+    model and the Gaussian on each subset, too sure below the diagonal.
     """
-    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=_MUTED, lw=1.0, ls=(0, (4, 3)))
-    spare = iter(GROUP_COLOURS.values())
-    for name, values in observed.items():
-        colour = METHOD_COLOURS.get(name) or next(spare, _INK)
-        label = f"{name}: ECE {np.abs(values - levels).mean():.3f}"
-        axes.fill_between(levels, levels, values, color=colour, alpha=0.10, lw=0)
-        axes.plot(levels, values, color=colour, marker="o", label=label)
-    axes.legend(loc="upper left", labelcolor="linecolor")
-    axes.text(0.97, 0.05, "too sure", color=_MUTED, fontsize=8.5, ha="right")
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title or "Calibration")
-    axes.set(xlabel="quantile level", ylabel="observed frequency")
+    subsets = results["subsets"]
+    model = subsets["all"]["model"]
+    figure = Figure(figsize=(13.2, 4.3), layout="constrained")
+    *panels, balls = figure.subplots(1, 4, sharex=True, sharey=True)
+    for axes in (*panels, balls):
+        axes.plot([0, 1], [0, 1], color=_MUTED, lw=1.0, ls=(0, (4, 3)), zorder=3)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="quantile level")
+        axes.tick_params(labelleft=True)
+    titles = ("x, right", "y, up", "z, towards the camera")
+    for axes, title, of_joints in zip(panels, titles, model["reliability"].values(), strict=True):
+        axes.set_title(title)
+        for joint, frequencies in of_joints.items():
+            levels = np.linspace(0, 1, len(frequencies))
+            colour = _H36M_COLOURS[H36M_JOINTS.index(joint)]
+            axes.plot(levels, frequencies, color=colour, lw=1.0)
+    panels[0].set_ylabel("truths below the quantile")
+    for method, colour in METHOD_COLOURS.items():
+        for subset, methods in subsets.items():
+            if coverage := methods.get(method, {}).get("region_coverage"):
+                style = (0, (4, 2)) if subset == "ambiguous" else "-"
+                look: dict[str, Any] = {"color": colour, "ls": style, "marker": "o"}
+                shares = [int(percent) / 100 for percent in coverage]
+                balls.plot(shares, list(coverage.values()), label=f"{method}, {subset}", **look)
+    balls.set(title="Balls around the median", xlabel="hypotheses within", ylabel="truths within")
+    lines = [Line2D([], [], color=colour, label=name) for name, colour in GROUP_COLOURS.items()]
+    figure.legend(handles=lines, loc="outside lower left", ncols=len(lines))
+    figure.legend(handles=balls.get_lines()[1:], loc="outside lower right", ncols=4, handlelength=3)
+    title = f"Model, all frames: PIT error {model['pit_error']:.3f}"
+    figure.suptitle(title, x=0.008, ha="left")
     return figure
 
 

@@ -45,7 +45,10 @@ METRICS: dict[str, Metric] = {
     "cps_area_best": Metric("CPS as an area, best", "CPS as an area", "of 299", 1, "higher"),
     "symmetry": Metric("Symmetry", "Sym"),
     "ece": Metric("ECE", "ECE", "", 3),
+    "pit_error": Metric("PIT error", "PIT error", "", 3),
     "energy_score": Metric("Energy score", "energy score"),
+    "energy_score_pose": Metric("Energy score, pose", "energy score, pose"),
+    "sharpness_mm": Metric("Sharpness", "sharpness", better=""),
     "radius_mm": Metric("Radius", "radius", better=""),
     "coverage": Metric("Coverage", "within it", "", 3, ""),
 }
@@ -57,7 +60,10 @@ PAPER_METRICS = ("mpjpe_best", "pa_mpjpe_best", "pck150_best", "cps_best", "symm
 Headings = Mapping[str, tuple[str, int]]
 """Column to its heading and decimals."""
 
-_OTHERS = ("pck150_scaled_best", "mpjpe_mean", "energy_score", "ece", "radius_mm", "coverage")
+_OTHERS = (
+    *("pck150_scaled_best", "mpjpe_mean", "energy_score", "energy_score_pose", "ece", "pit_error"),
+    *("sharpness_mm", "radius_mm", "coverage"),
+)
 COLUMNS: Headings = {
     name: (METRICS[name].heading, METRICS[name].digits) for name in PAPER_METRICS + _OTHERS
 }

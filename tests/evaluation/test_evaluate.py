@@ -17,9 +17,12 @@ KEY = jax.random.key(7)
 METRICS = {
     "mpjpe_best", "mpjpe_mean", "mpjpe_median", "pa_mpjpe_best", "pa_mpjpe_mean", "symmetry",
     "pck150_best", "pck150_all_best", "pck150_scaled_best", "cps_best", "cps_area_best",
-    "energy_score",
+    "energy_score", "energy_error", "energy_spread", "energy_score_pose",
 }  # fmt: skip
-OF_SEVERAL = {"ece", "ece_quantile", "mpjpe_best_at"}
+OF_SEVERAL = {
+    "ece", "ece_quantile", "mpjpe_best_at", "region_coverage", "sharpness_mm", "reliability",
+    "pit_error",
+}  # fmt: skip
 WIDE = np.isin(np.arange(NUMBER), (1, 4))
 ALL = np.arange(NUMBER) < 18
 SUBSETS = {"all": ALL, "ambiguous": WIDE, "clear": ALL & ~WIDE, "none": np.zeros(NUMBER, bool)}
@@ -30,9 +33,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def test_split():
-    """Groups of six and twelve frames, and a third one outside of "all"."""
+    """Groups of six and twelve frames, each a recording, and a third one outside of "all"."""
     actions = np.repeat(["Eating", "Walking", "Posing"], [6, 12, 2])
-    return dataclasses.replace(examples(0, NUMBER, wide=(1, 4)), groups={"action": actions})
+    test = examples(0, NUMBER, wide=(1, 4))
+    return dataclasses.replace(test, clips=actions, groups={"action": actions})
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +84,15 @@ def test_results_have_the_keys_of_the_contract(results):
     assert results["num_hypotheses"] == MOST
     frames = {name: methods["frames"] for name, methods in results["subsets"].items()}
     assert frames == {"all": 18, "ambiguous": 2, "clear": 16}
-    for methods in results["subsets"].values():
+    for subset, methods in results["subsets"].items():
         assert set(methods) == {"frames", *evaluate.METHODS}
+        intervals = set() if subset == "ambiguous" else {"intervals"}  # of one recording
         for method in ("model", "gaussian"):
-            assert set(methods[method]) == METRICS | OF_SEVERAL
+            assert set(methods[method]) == METRICS | OF_SEVERAL | intervals
             assert list(methods[method]["mpjpe_best_at"]) == [1, 2, 5]
         for method in ("mean_pose", "regression", "model_medoid"):
             assert set(methods[method]) == METRICS
-        assert set(methods["model_mean"]) == METRICS | {"coverage", "radius_mm"}
+        assert set(methods["model_mean"]) == METRICS | {"coverage", "radius_mm"} | intervals
     json.dumps(results, allow_nan=False)
 
 
@@ -101,6 +106,17 @@ def test_groups_and_their_unweighted_mean(results):
         overall = results["subsets"]["all"][method]["mpjpe_best"]
         assert overall == pytest.approx((eating + 2 * walking) / 3)
     assert set(average["model"]) == METRICS | OF_SEVERAL
+
+
+def test_intervals_of_two_recordings_are_from_one_to_the_other(results):
+    """A quarter of the draws has the one twice, another quarter the other."""
+    groups, methods = results["groups"]["action"], results["subsets"]["all"]
+    for method, name in (
+        ("model", "mpjpe_best"), ("model_mean", "coverage"), ("gaussian", "energy_score"),
+    ):  # fmt: skip
+        ends = sorted(groups[recording][method][name] for recording in ("Eating", "Walking"))
+        assert methods[method]["intervals"][name] == pytest.approx(ends)
+    assert {"ece", "pit_error", "region_coverage_90"} < set(methods["model"]["intervals"])
 
 
 def test_the_model_is_scored_on_its_own_hypotheses(contents, poses_mm, test_split):

@@ -1,25 +1,32 @@
 """Metrics against brute force in float64; test_reference.py has the published program's."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from paths import GOLDEN
+from scipy import stats
 from test_alignment import align_by_svd
 
 from diffpose_jax.evaluation import metrics
-from diffpose_jax.evaluation.metrics import MetricSums, per_frame_metrics
+from diffpose_jax.evaluation.metrics import ECE_LEVELS, MetricSums, per_frame_metrics
+from diffpose_jax.skeleton import H36M_JOINTS
 
 TRUTH = np.load(GOLDEN / "metrics_case.npz")["gt_mm"]
 per_frame = jax.jit(per_frame_metrics)
 
 
+def sums_of(hypotheses, truth):
+    sums = jax.tree.map(lambda x: np.sum(x, axis=0), per_frame(hypotheses, truth))
+    return MetricSums(len(truth), sums, hypotheses.shape[1])
+
+
 def finalize(hypotheses, truth):
     """The results of a few frames."""
-    sums = jax.tree.map(lambda x: np.sum(x, axis=0), per_frame(hypotheses, truth))
-    return MetricSums(len(truth), sums, hypotheses.shape[1]).finalize()
+    return sums_of(hypotheses, truth).finalize()
 
 
 def random_case(seed, B=6, M=8, spread=60):  # few shapes: each is compiled
@@ -45,9 +52,9 @@ def brute_force(hypotheses, truth):
     no_spine = [j for j in range(17) if j != 7]
     thresholds = np.arange(1, 301)
     correct = [np.any(np.all(aligned_errors[:, no_spine] < t, axis=1)) for t in thresholds]
-    pairs = [
-        np.linalg.norm(a - b, axis=-1).mean() for a, b in itertools.permutations(hypotheses, 2)
-    ]
+    pairs = [a - b for a, b in itertools.permutations(hypotheses, 2)] or [np.zeros((17, 3))]
+    spread = np.linalg.norm(pairs, axis=-1).mean() / 2
+    pose_error = np.mean([np.linalg.norm(pose - truth) for pose in hypotheses]) / 4
     result = {
         "mpjpe_best": mpjpe.min(),
         "mpjpe_mean": mpjpe.mean(),
@@ -59,7 +66,10 @@ def brute_force(hypotheses, truth):
         "pck150_scaled_best": 100 * max((e[pck_joints] < 150).mean() for e in scaled_errors),
         "cps_best": np.trapezoid(np.float64(correct), thresholds),
         "cps_area_best": max(300 - max(1, min(e.max() for e in aligned_errors)), 0),
-        "energy_score": mpjpe.mean() - (np.mean(pairs) / 2 if M > 1 else 0),
+        "energy_score": mpjpe.mean() - spread,
+        "energy_error": mpjpe.mean(),
+        "energy_spread": spread,
+        "energy_score_pose": pose_error - np.mean([np.linalg.norm(pair) for pair in pairs]) / 8,
     }
     if M > 1:
         result["mpjpe_best_at"] = [
@@ -72,6 +82,9 @@ def brute_force(hypotheses, truth):
         quantiles = np.quantile(distance, np.arange(21) / 20, axis=0)
         result["within_quantile"] = quantiles > truth_distance
         result["ece_quantile"] = (distance > truth_distance).mean(0)
+        result["sharpness_mm"] = np.quantile(distance, 0.9, axis=0)[1:].mean()
+        rank = (hypotheses < truth).sum(0)[1:]
+        result["pit"] = [np.clip(q * (M + 1) - rank, 0, 1) for q in np.arange(21) / 20]
     return result
 
 
@@ -107,20 +120,111 @@ def test_results_are_means_over_the_frames():
     assert results["ece_quantile"] == pytest.approx(share, rel=1e-5)
 
 
-def gaussian_case(truth_spread_mm):
-    """500 frames: 50 hypotheses of a spread of 50 mm around a mean, the truth of another."""
+@pytest.fixture(scope="module")
+def gaussian_case():
+    """400 frames: 200 hypotheses with a deviation of 50 mm around a mean, and other truths."""
     rng = np.random.default_rng(30)
-    mean = rng.normal(size=(500, 17, 3)) * 200
-    hypotheses = mean[:, None] + rng.normal(size=(500, 50, 17, 3)) * 50
-    truth = mean + rng.normal(size=(500, 17, 3)) * truth_spread_mm
-    hypotheses[:, :, 0] = truth[:, 0] = 0
-    return finalize(jnp.float32(hypotheses), jnp.float32(truth))
+    mean = rng.normal(size=(400, 17, 3)) * 200
+    hypotheses = mean[:, None] + rng.normal(size=(400, 200, 17, 3)) * 50
+    noise = rng.normal(size=(400, 17, 3))
+    hypotheses[:, :, 0] = 0
+
+    def results(truth_spread_mm, shift_mm=0.0):
+        truth = mean + noise * truth_spread_mm + shift_mm
+        truth[:, 0] = 0
+        return finalize(jnp.float32(hypotheses), jnp.float32(truth))
+
+    return results
 
 
-def test_miscalibration_is_seen_and_has_a_side():
+def test_miscalibration_is_seen_and_has_a_side(gaussian_case):
     honest, too_narrow, too_wide = (gaussian_case(truth_mm) for truth_mm in (50, 120, 15))
     assert honest["ece"] < 0.025
     assert abs(honest["ece_quantile"] - 0.5) < 0.025
     assert min(too_narrow["ece"], too_wide["ece"]) > 0.2
     assert too_narrow["ece_quantile"] < 0.3
     assert too_wide["ece_quantile"] > 0.7
+
+
+@pytest.mark.parametrize("truth_mm", [50, 120])
+def test_regions_cover_as_the_gaussian_says(gaussian_case, truth_mm):
+    """The distance from the centre over the deviation has the chi distribution of 3 degrees."""
+    coverage = gaussian_case(truth_mm)["region_coverage"]
+    assert list(coverage) == ["50", "80", "90", "95"]
+    for percent, share in coverage.items():
+        expected = stats.chi(3).cdf(stats.chi(3).ppf(int(percent) / 100) * 50 / truth_mm)
+        deviation = np.sqrt(expected * (1 - expected) / (400 * 16))
+        # The centre and the quantile are those of 200 hypotheses: each is off by about one.
+        assert share == pytest.approx(expected, abs=4 * deviation + 2 / 200)
+
+
+def test_energy_and_sharpness_of_a_gaussian(gaussian_case):
+    """Between two draws the deviation is 50 mm times the root of 2; sampling leaves a percent."""
+    found, between = gaussian_case(50), 50 * np.sqrt(2)
+    expected = between * stats.chi(3).mean() * 16 / 17  # the hip has none
+    assert found["energy_error"] == pytest.approx(expected, rel=0.01)
+    assert found["energy_spread"] == pytest.approx(expected / 2, rel=0.01)
+    score = found["energy_error"] - found["energy_spread"]
+    assert found["energy_score"] == pytest.approx(score, rel=1e-5)
+    of_pose = between * stats.chi(48).mean() / 8
+    assert found["energy_score_pose"] == pytest.approx(of_pose, rel=0.01)
+    assert found["sharpness_mm"] == pytest.approx(50 * stats.chi(3).ppf(0.9), rel=0.01)
+
+
+SAMPLING = 5 * np.sqrt(ECE_LEVELS * (1 - ECE_LEVELS) / 400) + 1e-6  # and the rounding of sums
+"""Five deviations of the frequency in 400 frames: one of 1,008 is beyond in some 2,000 runs."""
+
+
+def frequencies(results, axis):
+    reliability = results["reliability"][axis]
+    assert tuple(reliability) == H36M_JOINTS[1:]
+    return np.array(list(reliability.values()))
+
+
+def test_reliability_of_the_right_distribution_is_the_diagonal(gaussian_case):
+    found = gaussian_case(50)
+    for axis in "xyz":
+        assert np.all(np.abs(frequencies(found, axis) - ECE_LEVELS) <= SAMPLING)
+    assert found["pit_error"] < np.mean(SAMPLING) / 5
+
+
+def test_reliability_shows_opposite_shifts_of_one_axis(gaussian_case):
+    """By a deviation up and down in y, which the other axes must not show, nor a median hide."""
+    sign = np.where(np.arange(17) % 2, 1, -1)
+    found = gaussian_case(50, 50 * sign[:, None] * np.array([[0, 1, 0]]))
+    for axis in "xz":
+        assert np.all(np.abs(frequencies(found, axis) - ECE_LEVELS) <= SAMPLING)
+    normal = stats.norm()
+    expected = normal.cdf(normal.ppf(ECE_LEVELS) - sign[1:, None])
+    # The quantiles are those of 200 hypotheses.
+    assert np.all(np.abs(frequencies(found, "y") - expected) <= SAMPLING + 2 / 200)
+    error = np.mean(np.abs(expected - ECE_LEVELS)) / 3
+    assert error < found["pit_error"] < error + np.mean(SAMPLING) / 5
+
+
+def test_ties_leave_the_transform_uniform():
+    """Truth and nine hypotheses of the same four values."""
+    draws = np.random.default_rng(31).integers(4, size=(400, 10, 17, 3)).astype(np.float32)
+    found = metrics.pit(jnp.asarray(draws[:, 1:]), jnp.asarray(draws[:, 0]))
+    off = np.abs(np.mean(found, axis=0) - ECE_LEVELS[:, None, None])
+    assert np.all(off <= SAMPLING[:, None, None])
+
+
+def test_sums_of_parts_are_those_of_the_whole():
+    """Errors of frequencies are of those over all frames, not the mean over the parts."""
+    parts = [random_case(seed) for seed in (20, 21)]
+    sums = [sums_of(*part) for part in parts]
+    whole = jax.tree.map(np.add, *sums).finalize()
+    reliability = [one.finalize()["reliability"] for one in sums]
+    mean = jax.tree.map(lambda *x: np.mean(x), *reliability)
+    found, expected = jax.tree.leaves(whole["reliability"]), jax.tree.leaves(mean)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    off = np.abs(np.reshape(expected, (-1, 21)) - ECE_LEVELS)
+    assert whole["pit_error"] == pytest.approx(off.mean(), rel=1e-6)
+    json.dumps(whole, allow_nan=False)
+
+
+def test_a_single_hypothesis_has_no_calibration():
+    found = set(finalize(*random_case(4, M=1)))
+    assert {"energy_error", "energy_score_pose"} <= found
+    assert not found & {"ece", "region_coverage", "sharpness_mm", "reliability", "pit_error"}

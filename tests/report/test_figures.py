@@ -12,10 +12,25 @@ from diffpose_jax.method.heatmaps import Candidates
 from diffpose_jax.report import figures
 from diffpose_jax.skeleton import H36M_JOINTS, MPII_TO_H36M
 
+JOINTS = H36M_JOINTS[1:]
 MODEL = {"mpjpe_best": 43.0, "mpjpe_best_at": {"1": 72.0, "10": 55.0, "200": 43.0}}
 OTHERS = {"regression": {"mpjpe_best": 62.0}, "mean_pose": {"mpjpe_best": 140.0}}
 AMBIGUOUS = {"frames": 41, "model": {"mpjpe_best_at": {"1": 99.0, "200": 62.5}}}
 RESULTS = {"subsets": {"all": {"frames": 640, "model": MODEL} | OTHERS, "ambiguous": AMBIGUOUS}}
+RELIABILITY = {
+    axis: {joint: np.linspace(0, 1, 21) ** (1 + i / 10 + j / 50) for j, joint in enumerate(JOINTS)}
+    for i, axis in enumerate("xyz")
+}
+COVERED = {"50": 0.4, "80": 0.7, "90": 0.85, "95": 0.9}
+CALIBRATED = {
+    "all": {
+        "frames": 640,
+        "model": {"reliability": RELIABILITY, "region_coverage": COVERED, "pit_error": 0.0625},
+        "gaussian": {"region_coverage": COVERED | {"50": 0.6}},
+        "regression": {"mpjpe_best": 62.0},
+    },
+    "ambiguous": {"frames": 41, "model": {"region_coverage": COVERED | {"95": 0.8}}},
+}
 
 
 def make_frame():
@@ -38,7 +53,6 @@ CHOSEN = SinglePose(FRAME["truth_mm"] + 9.0, RADII_MM, 0.85, "heatmap_agreement"
 
 
 def plot_all():
-    levels = np.linspace(0, 1, 11)
     return {
         "example": figures.plot_example(**FRAME, title=r"S9 a_$\frac{$ b"),
         "chosen": figures.plot_example(**FRAME, chosen=CHOSEN),
@@ -47,7 +61,7 @@ def plot_all():
         "close curves": figures.plot_min_mpjpe({name: {1: 9.0, 50: 5.0} for name in "abcd"}),
         "loss": figures.plot_loss(np.arange(300), 1 / (1 + np.arange(300.0))),
         "one loss": figures.plot_loss([0], [0.5]),
-        "calibration": figures.plot_calibration(levels, {"model": levels**2}),
+        "reliability": figures.plot_reliability({"subsets": CALIBRATED}),
     }
 
 
@@ -176,12 +190,22 @@ def test_loss_plot_bears_few_and_bad_points(losses):
     assert figures.figure_bytes(figure, dpi=40)
 
 
-def test_calibration_prints_the_expected_calibration_error():
-    levels = np.array([0.1, 0.5, 0.9])
-    observed = {"model": np.array([0.2, 0.5, 0.7]), "gaussian": levels}
-    axes = figures.plot_calibration(levels, observed).axes[0]
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert texts == ["model: ECE 0.100", "gaussian: ECE 0.000"]
+def test_reliability_has_each_joint_in_its_colour_and_the_regions():
+    figure = figures.plot_reliability({"subsets": CALIBRATED})
+    *panels, balls = figure.axes
+    for axes, of_joints in zip(panels, RELIABILITY.values(), strict=True):
+        diagonal, *lines = axes.lines
+        np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+        np.testing.assert_array_equal([line.get_ydata() for line in lines], [*of_joints.values()])
+        np.testing.assert_allclose(lines[0].get_xdata(), np.arange(21) / 20)
+        groups = figures.JOINT_GROUPS[1:]
+        assert [line.get_color() for line in lines] == [figures.GROUP_COLOURS[g] for g in groups]
+    drawn = {line.get_label(): line for line in balls.lines[1:]}
+    assert list(drawn) == ["model, all", "model, ambiguous", "gaussian, all"]
+    assert [line.is_dashed() for line in drawn.values()] == [False, True, False]
+    np.testing.assert_array_equal(drawn["gaussian, all"].get_xdata(), [0.5, 0.8, 0.9, 0.95])
+    np.testing.assert_array_equal(drawn["gaussian, all"].get_ydata(), [0.6, 0.7, 0.85, 0.9])
+    assert "0.062" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
