@@ -50,6 +50,10 @@ def get_config() -> ml_collections.ConfigDict:
     model.diffusion_steps = 25  # T
     model.schedule_offset = 0.008  # s of the cosine schedule
     model.max_beta = 0.999
+    # What the denoiser predicts: the "noise", or the target of Karras et al. (2022), "edm", whose
+    # deviation of the data (in units of the pose vector) is measured on the training poses if 0.
+    model.target = "noise"
+    model.data_std = 0.0
     model.pose_scale = 10.0  # units of the pose vector per metre: decimetres
     model.clip = 30.0  # bound of x_0 in the reverse process, 3 x pose_scale (program)
     # Of the matrix products: or "bfloat16", or "float16" with dynamic loss scaling (program).
@@ -80,7 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
     # from the heatmap in every step.
     data.predrawn_candidates = 0
     # Share of the training split, whole recordings, kept out of the training to calibrate the
-    # radius of the single pose on; 0 trains on all of it and leaves the radius uncalibrated.
+    # radius of the single pose on and to measure the prediction's errors, for the solvers that use
+    # them; 0 trains on all of it, and there is neither.
     data.calibration_share = 0.0
     # Whether the training split lies on the devices, as all heatmaps in float16 (51 GB) or as the
     # candidates drawn ahead (2 KB an image for 32), or is read as it is needed.
@@ -89,7 +94,8 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation = config.evaluation = ml_collections.ConfigDict()
     evaluation.num_hypotheses = 200  # M
     # Of the reverse process: "ddpm" is the paper's, with all steps; "ddpm:8", "ddim:8" and
-    # "dpm++:8" take fewer, see `sampling.parse_solver`.
+    # "dpm++:8" take fewer, "ddpm+cov" and "ddpm:4@24+cov" make use of the prediction's errors,
+    # measured on `data.calibration_share`: see `sampling.parse_solver`.
     evaluation.solver = "ddpm"
     evaluation.weights = "raw"  # or "ema"
     evaluation.batch_size = 64  # images at a time, on each device

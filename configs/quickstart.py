@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0
 
     model = config.model
+    model.target = "edm"
     model.joint_dropout = 0.03
     model.encoder_layers = 1
     model.encoder_feed_forward = 256
@@ -28,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.denoiser_width = 256
 
     training = config.training
-    training.num_steps = 13_000
+    training.num_steps = 20_000
     training.draws_per_image = 4
     training.steps_per_dispatch = 100
     training.learning_rate = 4e-3
@@ -48,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     evaluation = config.evaluation
     evaluation.weights = "ema"
+    evaluation.solver = "ddpm+cov"
     evaluation.group_by = ()
     evaluation.regression_width = 512
     evaluation.regression_steps = 6_000

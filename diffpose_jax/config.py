@@ -58,6 +58,8 @@ class ModelConfig:
     pose_scale: float
     clip: float
     matmul_dtype: str
+    target: str = "noise"
+    data_std: float = 0.0
 
     def __post_init__(self) -> None:
         # Bounded above, too: a checkpoint may come from anyone, and its networks are built first.
@@ -79,6 +81,7 @@ class ModelConfig:
             max_beta=(0, 1),
             pose_scale=(1e-3, 1e6),
             clip=(1e-3, 1e9),
+            data_std=(0, 1e6),
         )
         check_choice(
             self,
@@ -86,6 +89,7 @@ class ModelConfig:
             candidates=("per_image", "per_hypothesis"),
             coordinates=("image", "standardised"),
             likelihood=("height", "probability"),
+            target=("noise", "edm"),
             matmul_dtype=("float32", "bfloat16", "float16"),
         )
         if self.resnet_width % 4:

@@ -19,6 +19,7 @@ from diffpose_jax.config import Config
 from diffpose_jax.method import heatmaps as heatmaps_lib
 from diffpose_jax.method import sampling
 from diffpose_jax.method.network import DiffPose, Draw, Params
+from diffpose_jax.skeleton import NUM_JOINTS
 from diffpose_jax.training import checkpoints
 
 MAX_IMAGES = 64
@@ -34,6 +35,7 @@ class Model:
       params: their parameters.
       config: the whole configuration that the model was trained with.
       data_fingerprint: of the data set that it was trained on, empty if that is not known.
+      errors: what was measured of its predictions, for solvers that need it; None if nothing was.
       default_solver: parsed; by default the configuration's, see `sampling.parse_solver`.
     """
 
@@ -41,20 +43,21 @@ class Model:
     params: Params
     config: Config
     data_fingerprint: str = ""
+    errors: sampling.PredictionErrors | None = None
     default_solver: sampling.Steps | None = None
 
-    @property
+    @functools.cached_property
     def solver(self) -> sampling.Steps:
         """The solver of a draw that does not name one."""
         return self.default_solver or self.parse_solver(self.config.evaluation.solver)
 
     def parse_solver(self, solver: str) -> sampling.Steps:
-        """The steps of a solver such as "ddpm:8".
+        """The steps of a solver such as "ddpm:8" or "ddpm:4@24+cov".
 
         Raises:
-          ConfigError: for an unknown one.
+          ConfigError: for an unknown one, or one that needs `errors` where there are none.
         """
-        return sampling.parse_solver(self.network.schedule, solver)
+        return sampling.parse_solver(self.network.schedule, solver, self.errors)
 
     def draw(
         self,
@@ -91,6 +94,42 @@ class Model:
     ) -> Float[Array, "B M 17 3"]:
         """The poses of `draw`, without candidates, which may take 20 times as much memory."""
         return self._spread(_draw_poses, key, heatmaps, num_hypotheses, solver)
+
+    def log_prob(
+        self,
+        key: Key[Array, ""],
+        heatmaps: Array | np.ndarray,
+        poses_mm: Array | np.ndarray,
+        num_candidate_sets: int = 1,
+    ) -> Float[Array, "B M"]:
+        """Log-density of poses given the heatmaps, in nats, on all local devices.
+
+        That of the 16 joints without the hip, centred on their mean, in decimetres and an
+        orthonormal basis of the 45 dimensions that they have; of poses blurred by 7 mm, and of the
+        probability-flow ODE (`method.likelihood`). It ranks poses, and tells one that does not fit.
+
+        Args:
+          key: a random key, for the candidates.
+          heatmaps: (B, 16, 64, 64), as in `draw`.
+          poses_mm: (B, M, 17, 3), M poses of each image.
+          num_candidate_sets: the density is the mean of those under so many sets of candidates.
+
+        Raises:
+          ValueError: for heatmaps as in `draw`, poses of another shape or with NaN, or no set.
+        """
+        checked, poses_mm = heatmaps_lib.check(heatmaps), np.asarray(poses_mm, np.float32)
+        if poses_mm.ndim != 4 or poses_mm.shape[2:] != (NUM_JOINTS, 3):
+            raise ValueError(f"poses_mm must be (B, M, {NUM_JOINTS}, 3), not {poses_mm.shape}")
+        if len(poses_mm) != len(checked):
+            raise ValueError(f"{len(checked)} heatmaps, but poses of {len(poses_mm)} images")
+        if not np.isfinite(poses_mm).all():
+            raise ValueError("poses_mm holds numbers that are not finite")
+        if num_candidate_sets < 1:
+            raise ValueError(f"num_candidate_sets must be at least 1, not {num_candidate_sets}")
+        if 0 in poses_mm.shape:
+            return jnp.zeros(poses_mm.shape[:2])
+        static, shared = (self.network, num_candidate_sets), (self._replicated_params, key)
+        return distributed.spread(_log_prob, static, shared, (checked, poses_mm), most=MAX_IMAGES)
 
     def _spread(
         self,
@@ -135,6 +174,17 @@ def _draw_poses(*arguments: Any) -> Array:
     return _draw(*arguments).poses_mm
 
 
+def _log_prob(
+    network: DiffPose,
+    num_candidate_sets: int,
+    params: Params,
+    key: Array,
+    batch: tuple[Array, Array],
+    num_images: Array,
+) -> Array:
+    return network.log_prob(params, key, *batch, num_candidate_sets, num_images)
+
+
 def load(checkpoint: str | Path, weights: str | None = None) -> Model:
     """Reads a model, ready to sample.
 
@@ -151,9 +201,9 @@ def load(checkpoint: str | Path, weights: str | None = None) -> Model:
 
 
 def export(model: Model, directory: str | Path) -> None:
-    """Writes parameters and configuration as a small checkpoint that `load` reads.
+    """Writes parameters, configuration and errors as a small checkpoint that `load` reads.
 
     Raises:
       CheckpointError: if the folder is there already.
     """
-    checkpoints.export(directory, model.params, model.config, model.data_fingerprint)
+    checkpoints.export(directory, model.params, model.config, model.data_fingerprint, model.errors)

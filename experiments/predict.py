@@ -12,6 +12,7 @@ folder of its own in the output.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -57,6 +58,9 @@ POSE = flags.DEFINE_enum(
     list(aggregation.METHODS),
     "How the hypotheses become a single pose.",
 )
+SOLVER = flags.DEFINE_string(
+    "solver", None, "Such as ddpm:4@24+cov, for fewer steps; default: the configuration's."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the hypotheses.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
 
@@ -75,6 +79,8 @@ def main(_: list[str]) -> None:
         raise app.UsageError("--checkpoint and --output are needed")
     subjects = _subjects(Path(OUTPUT.value))
     model = inference.load(CHECKPOINT.value)
+    if SOLVER.value is not None:
+        model = dataclasses.replace(model, default_solver=model.parse_solver(SOLVER.value))
     calibrated = calibration.read_calibration(CHECKPOINT.value, POSE.value)
     key = jax.random.key(SEED.value)
     failed = 0

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from diffpose_jax import config as config_lib
 from diffpose_jax import distributed
-from diffpose_jax.config import Config
+from diffpose_jax.config import Config, ConfigError
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import TrainingData
 from diffpose_jax.io import files, locks, scalars
-from diffpose_jax.method import network
+from diffpose_jax.method import network, sampling
+from diffpose_jax.method.diffusion import Schedule
 from diffpose_jax.report import results
 from diffpose_jax.training import checkpoints, loop, runs
 from diffpose_jax.training.step import Trainer
@@ -41,19 +42,20 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
 
     Raises:
       Stopped: after SIGINT or SIGTERM; what was trained is saved.
+      ConfigError: for a solver that the evaluation could not use.
       NonFiniteLossError: the step's examples are in nonfinite_step_N.json.
     """
     settings = config.training
     trainer = Trainer(network.build(config.model), settings)
+    _check_solver(config, trainer.network.schedule)
     images = distributed.images_of_process(settings.batch_size, "config.training.batch_size")
     init_key, train_key, candidate_key = jax.random.split(jax.random.key(config.seed), 3)
     workdir.mkdir(parents=True, exist_ok=True)
-    state = trainer.init(init_key)
     with checkpoints.RunCheckpoints(
         workdir / "checkpoints", config, settings.keep_checkpoints
     ) as saved:
-        state = saved.restore_latest(state) or state
-        first = int(state.step)
+        state = saved.restore_latest(trainer.init(init_key))
+        first = 0 if state is None else int(state.step)
         if first == settings.num_steps:
             runs.write_config(workdir, config)
             return
@@ -65,6 +67,7 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
         )
         runs.write_config(workdir, config, start)
         examples, _ = pipeline.hold_out(examples, config.data.calibration_share)
+        state = state or trainer.init(init_key, examples.pose_mm)
         data = pipeline.training_data(
             examples, trainer.network, config.data, candidate_key, config.seed
         )
@@ -109,6 +112,19 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
                     signals.append(stopping)
                     saved.wait()
                     break
+
+
+def _check_solver(config: Config, schedule: Schedule) -> None:
+    """Raises ConfigError for a solver that is unknown or that the evaluation could not use."""
+    if (
+        sampling.needs_errors(schedule, config.evaluation.solver)
+        and not config.data.calibration_share
+    ):
+        raise ConfigError(
+            f"config.evaluation.solver = {config.evaluation.solver!r} needs errors measured on"
+            " recordings that are held out of the training: set config.data.calibration_share, such"
+            " as 0.1, or take another solver"
+        )
 
 
 @contextlib.contextmanager

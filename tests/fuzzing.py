@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from motion_files import CMU_BONES, CMU_HIERARCHY, amc_text, asf_text, cmu_bvh, cmu_frame
 from PIL import Image
-from small import small_model
+from small import random_errors, small_model, small_network
 
 import experiments
 from diffpose_jax import inference
@@ -41,6 +41,7 @@ from diffpose_jax.evaluation import baselines, calibration
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.io import pictures, scalars, trees
 from diffpose_jax.prediction import predict
+from diffpose_jax.training import checkpoints
 
 SEED = 20261122
 CPU_SECONDS, MEMORY_KIB, ADDRESSES, LONGEST_MESSAGE = 8.0, 1 << 20, 6 << 30, 20_000
@@ -262,26 +263,33 @@ def checkpoint_metadata():
 
 
 def fitted():
-    """What lies beside a model: its calibration, its baselines, the scalars of its run."""
+    """What lies beside a model: its errors, calibration, baselines, the scalars of its run."""
     ones = functools.partial(np.ones, dtype=np.float32)
     regression = baselines.RegressionParams(
         {"params": {"in": {"kernel": ones((48, 8))}}}, *(ones((16, 3)) for _ in range(4))
     )
-    gaussian = baselines.GaussianParams(ones((48, 48)))
+    gaussian, network = baselines.GaussianParams(ones((48, 48))), small_network(diffusion_steps=2)
 
     def write(folder):
         uncalibrated = calibration.uncalibrated(0.9)
         calibration.write_calibration(folder, "medoid", uncalibrated, {"seed": 1})
         all_three = baselines.Baselines(ones((17, 3)), regression, gaussian)
         baselines.save(folder / "baselines.npz", all_three, {"seed": 1})
+        errors = random_errors(1, num_steps=2)
+        checkpoints.write_errors(folder, errors, {})
         with scalars.ScalarWriter(folder / "metrics.jsonl", 0) as writer:
             writer.write(5, loss=0.5)
 
     def read(path):
-        if path.suffix == ".json":
-            calibration.read_calibration(path.parent, "medoid", {"seed": 1})
-        else:
-            {".npz": baselines.load, ".jsonl": scalars.read_scalars}[path.suffix](path)
+        readers = {
+            "calibration": lambda path: calibration.read_calibration(
+                path.parent, "medoid", {"seed": 1}
+            ),
+            "prediction_errors": lambda path: checkpoints.find_errors((path.parent,), network, {}),
+            "baselines": baselines.load,
+            "metrics": scalars.read_scalars,
+        }
+        readers[path.stem](path)
 
     return Target(read, written(write))
 

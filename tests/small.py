@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -10,7 +11,7 @@ from configs import h36m
 from diffpose_jax import config as config_lib
 from diffpose_jax.data import motion, pipeline
 from diffpose_jax.inference import Model
-from diffpose_jax.method import diffusion
+from diffpose_jax.method import diffusion, sampling
 from diffpose_jax.method import network as network_lib
 
 
@@ -94,12 +95,28 @@ def small_model(**changes):
         lambda p: np.float32(rng.normal(0, p.shape[0] ** -0.5, p.shape)),
         jax.eval_shape(network.init, jax.random.key(0)),
     )
+    if "moments" in params:
+        mean, std = rng.normal(0, 2, 48), rng.uniform(1, 3, 48)
+        params["moments"] = {"mean": np.float32(mean), "std": np.float32(std)}
     return Model(network=network, params=params, config=parsed(distinct_config(**changes)))
 
 
-def x_0_of(schedule, predict_noise, clip=30.0):
-    """The prediction of x_0 that a prediction of the noise implies, for `sampling.sample`."""
-    return lambda x_t, t: diffusion.predict_x_0(schedule, x_t, t, predict_noise(x_t, t), clip)
+def random_errors(seed, num_steps=5):
+    """Of predictions that are off by some decimetres, with correlations."""
+    e, r = np.random.default_rng(seed).normal(0, 2, (2, num_steps, 60, 48))
+    r += e / 2
+    products = [np.float32(x.swapaxes(1, 2) @ y / 60) for x, y in ((e, e), (e, r), (r, r))]
+    return sampling.PredictionErrors(np.zeros(48, np.float32), np.ones(48, np.float32), *products)
+
+
+def x_0_of(schedule, predict, clip=30.0, target=diffusion.noise_target):
+    """The prediction of x_0 that one of the noise or another target implies, for `sample`."""
+
+    def x_0(x_t, t):
+        weights = target(schedule.level(t))
+        return jnp.clip(weights.skip * x_t + weights.out * predict(x_t, t), -clip, clip)
+
+    return x_0
 
 
 def examples(seed, number, wide=()):

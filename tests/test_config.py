@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 from small import distinct_config, parsed, small_config
 
-from configs import quickstart
+from configs import h36m, quickstart
 from diffpose_jax import config as config_lib
 from diffpose_jax.config import ConfigError
 
@@ -92,11 +92,11 @@ def test_a_configuration_survives_json():
 
 
 def test_names_of_earlier_versions_are_read():
-    content = quickstart.get_config().to_dict()
+    content = h36m.get_config().to_dict()
     expected = config_lib.from_dict(content)
     content["model"]["num_samples"] = content["model"].pop("num_candidates")
     content["evaluation"]["controls"] = content["evaluation"].pop("baselines")
-    del content["evaluation"]["solver"]
+    del content["evaluation"]["solver"], content["model"]["target"], content["model"]["data_std"]
     assert config_lib.from_dict(content) == expected
     content["data"]["prepared"] = {"division": "standard", "input_px": 255}
     assert config_lib.from_dict(content).data.prepared == {"split": "standard", "input_px": 255}

@@ -95,7 +95,8 @@ def test_every_configuration_builds(file):
         sizes = config.model.copy_and_resolve_references()
         sizes.diffusion_steps = 25  # which no parameter depends on
         shapes = shapes_of(sizes.to_json(sort_keys=True))
-        assert set(shapes) == {"encoder", "denoiser"}
+        moments = {"moments"} if config.model.target == "edm" else set()
+        assert set(shapes) == {"encoder", "denoiser"} | moments
         assert {p.dtype for p in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
         # Candidates drawn ahead must be enough; the heatmaps' encoder takes none.
         ahead, sampler = config.data.predrawn_candidates, network.sampler

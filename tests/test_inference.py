@@ -1,17 +1,20 @@
-"""From heatmaps to hypotheses in millimetres: `Model.draw` and `Model.sample`."""
+"""From heatmaps to hypotheses in millimetres, `Model.draw`, and to densities, `Model.log_prob`."""
+
+import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from paths import GOLDEN
 from small import random_heatmaps, small_model
 
 import diffpose_jax
 from diffpose_jax import inference
-from diffpose_jax.method import sampling
-from diffpose_jax.method.pose_vector import vector_to_pose
+from diffpose_jax.method import likelihood, sampling
+from diffpose_jax.method.pose_vector import pose_to_vector, vector_to_pose
 from diffpose_jax.skeleton import H36M_JOINTS
 
 PER_HYPOTHESIS = {"candidates": "per_hypothesis"}
@@ -73,7 +76,18 @@ def test_images_are_spread_over_devices_remainders_included(changes):
         np.testing.assert_allclose(poses_mm, expected[:number], atol=0.1)
 
 
-@pytest.mark.parametrize("changes", [{}, PER_HYPOTHESIS], ids=str)
+def x_0_by_hand(model, x, t, found):
+    """In float64: of the noise that was found, or of the target of Karras et al. (2022)."""
+    a = model.network.schedule.alphas_cumprod[t]
+    if model.network.target == "noise":
+        return (x - np.sqrt(1 - a) * found) / np.sqrt(a)
+    mean, std = (np.float64(model.params["moments"][name]) for name in ("mean", "std"))
+    variance = a * std**2 + 1 - a
+    best_linear = mean + np.sqrt(a) * std**2 / variance * (x - np.sqrt(a) * mean)
+    return best_linear + std * np.sqrt(1 - a) / np.sqrt(variance) * found
+
+
+@pytest.mark.parametrize("changes", [{}, PER_HYPOTHESIS, {"target": "edm"}], ids=str)
 def test_the_fast_way_is_the_plain_one(changes):
     """To 1e-5 of the deviation: one hypothesis after the other, one step after the other.
 
@@ -84,14 +98,14 @@ def test_the_fast_way_is_the_plain_one(changes):
     drawn = small.draw(key, maps, number)
     np.testing.assert_allclose(small.sample(key, maps, number), drawn.poses_mm, atol=0.1)
     schedule, fast = network.schedule, np.float64(drawn.poses_mm)
-    predict_noise = jax.jit(network.predict_noise)
+    predict, has_own = jax.jit(network.predict), changes == PER_HYPOTHESIS
     plain = np.zeros_like(fast)
     for image, image_key in enumerate(sampling.image_keys(key, maps)):
         candidate_key, noise_key = jax.random.split(image_key)
         for m in range(number):
-            own = jax.random.fold_in(candidate_key, m) if changes else candidate_key
+            own = jax.random.fold_in(candidate_key, m) if has_own else candidate_key
             candidates = network.encoder_input(own, maps[image])
-            place = (image, m) if changes else (image,)
+            place = (image, m) if has_own else (image,)
             chex.assert_trees_all_equal(
                 candidates, jax.tree.map(lambda x, at=place: x[at], drawn.candidates)
             )
@@ -102,9 +116,8 @@ def test_the_fast_way_is_the_plain_one(changes):
             )
             x = np.float64(noise[0])
             for i, t in enumerate(reversed(range(schedule.num_steps))):
-                eps = np.float64(predict_noise(params, jnp.float32(x), jnp.int32(t), projected))
-                a = schedule.alphas_cumprod[t]
-                x_0 = np.clip((x - np.sqrt(1 - a) * eps) / np.sqrt(a), -network.clip, network.clip)
+                found = np.float64(predict(params, jnp.float32(x), jnp.int32(t), projected))
+                x_0 = np.clip(x_0_by_hand(small, x, t, found), -network.clip, network.clip)
                 x = schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x
                 x = x + np.sqrt(schedule.posterior_variance[t]) * np.float64(noise[i + 1])
             plain[image, m] = vector_to_pose(jnp.float32(x), network.pose_scale)
@@ -145,12 +158,113 @@ def test_an_unknown_joint_is_no_error():
         ({"heatmaps": np.full((1, 16, 64, 64), np.nan)}, "image 0, joint 0"),
         ({"num_hypotheses": 0}, "num_hypotheses must be at least 1, not 0"),
         ({"solver": "euler"}, "solver must be"),
+        (
+            {"solver": "ddpm:2@4+cov"},
+            r"ddpm:2@4\+cov needs the model's prediction_errors\.npz.*experiments\.evaluate",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(changes, problem):
     arguments = {"heatmaps": np.zeros((1, 16, 64, 64)), "num_hypotheses": 30} | changes
     with pytest.raises(ValueError, match=problem):
         small_model().sample(jax.random.key(0), **arguments)
+
+
+def random_poses(seed, *batch):
+    return np.random.default_rng(seed).normal(0, 300, (*batch, 17, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("pose_scale", [10.0, 7.0])
+def test_the_density_of_a_gaussian(pose_scale):
+    """That of the moments, where the network adds nothing to them; in decimetres in any unit."""
+    gaussian = small_model(target="edm", pose_scale=pose_scale, diffusion_steps=25)
+    mean_mm, unit = random_poses(2) / 3, pose_scale / 10
+    poses_mm = mean_mm + random_poses(1, 2, 3)
+    mean = unit * pose_to_vector(jnp.asarray(mean_mm))
+    params = jax.tree.map(jnp.zeros_like, gaussian.params)
+    params["moments"] = {"mean": mean, "std": jnp.full(48, 2.5 * unit)}
+    gaussian = dataclasses.replace(gaussian, params=params)
+    found = gaussian.log_prob(jax.random.key(0), random_heatmaps(2, 2), poses_mm)
+    # At t = 0 the vectors have been noised once.
+    alpha_bar = gaussian.network.schedule.alphas_cumprod[0]
+    std = np.sqrt(alpha_bar * 2.5**2 + (1 - alpha_bar) / unit**2)
+    vectors = np.float64(pose_to_vector(jnp.asarray(poses_mm)))
+    squares = np.sum((vectors - np.sqrt(alpha_bar) * np.float64(mean) / unit) ** 2, axis=-1)
+    expected = -0.5 * squares / std**2 - 45 * np.log(std * np.sqrt(2 * np.pi))
+    assert np.std(expected) > 1
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+def test_the_density_is_the_mean_of_those_under_sets_of_candidates():
+    """Each of them that of the probability flow under its condition: against it by hand."""
+    small, key = small_model(target="edm"), jax.random.key(3)
+    network, params = small.network, small.params
+    maps, poses_mm = random_heatmaps(3, 2), random_poses(4, 2, 2)
+    basis = likelihood.centred_basis(16)
+
+    @jax.jit
+    def by_hand(candidate_key, heatmaps, pose_mm):
+        condition = network.condition(params, network.encoder_input(candidate_key, heatmaps))
+        projected = network.project_condition(params, condition)
+
+        def predict(x_t, t, level):
+            target, mean = network.target_at(params, level)
+            found = network.predict(params, x_t, t, projected)
+            return mean + target.skip * (x_t - level.signal * mean) + target.out * found
+
+        y = pose_to_vector(pose_mm) @ jnp.asarray(basis, jnp.float32)
+        return likelihood.log_density(predict, network.schedule, y, basis)
+
+    of_sets = np.zeros((2, 2, 3))
+    for image, image_key in enumerate(sampling.image_keys(key, jnp.asarray(maps))):
+        candidate_key = jax.random.split(image_key)[0]
+        for m, s in np.ndindex(2, 3):
+            of_sets[image, m, s] = by_hand(
+                jax.random.fold_in(candidate_key, s),
+                *(jnp.asarray(maps[image]), jnp.asarray(poses_mm[image, m])),
+            )
+    assert np.ptp(of_sets, axis=2).min() > 0.01
+    scale = 1e-5 * np.abs(of_sets).max()
+    expected = scipy.special.logsumexp(of_sets, axis=-1) - np.log(3)
+    one, three = (small.log_prob(key, maps, poses_mm, number) for number in (1, 3))
+    np.testing.assert_allclose(one, of_sets[..., 0], atol=scale)
+    np.testing.assert_allclose(three, expected, atol=scale)
+    np.testing.assert_array_equal(small.log_prob(key, maps, poses_mm, 3), three)
+
+
+def test_densities_of_images_spread_over_devices():
+    """Nine on eight of them, remainders included: each as if it were alone."""
+    small, key = small_model(), jax.random.key(5)
+    maps, poses_mm = random_heatmaps(6, 9), random_poses(7, 9, 2)
+    found = small.log_prob(key, maps, poses_mm)
+    assert found.shape == (9, 2)
+    assert len(np.unique(found)) == 18
+    for i in (0, 4, 8):
+        alone = small.log_prob(key, maps[[i]], poses_mm[[i]])[0]
+        np.testing.assert_allclose(found[i], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"heatmaps": np.zeros((16, 64, 64))}, r"heatmaps\[None\]"),
+        ({"poses_mm": np.zeros((2, 17, 3))}, r"poses_mm must be \(B, M, 17, 3\), not \(2, 17, 3\)"),
+        ({"poses_mm": np.zeros((2, 1, 16, 3))}, r"not \(2, 1, 16, 3\)"),
+        ({"poses_mm": np.zeros((3, 1, 17, 3))}, "2 heatmaps, but poses of 3 images"),
+        ({"poses_mm": np.full((2, 1, 17, 3), np.nan)}, "poses_mm holds numbers that are"),
+        ({"num_candidate_sets": 0}, "num_candidate_sets must be at least 1, not 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_the_density_is_one_clear_error(changes, problem):
+    arguments = {"heatmaps": np.zeros((2, 16, 64, 64)), "poses_mm": np.zeros((2, 1, 17, 3))}
+    with pytest.raises(ValueError, match=problem):
+        small_model().log_prob(jax.random.key(0), **(arguments | changes))
+
+
+@pytest.mark.parametrize(("number", "poses"), [(0, 3), (2, 0)])
+def test_densities_of_nothing(number, poses):
+    maps, poses_mm = np.zeros((number, 16, 64, 64)), np.zeros((number, poses, 17, 3))
+    assert small_model().log_prob(jax.random.key(0), maps, poses_mm).shape == (number, poses)
 
 
 @pytest.mark.parametrize("encoder", ["candidates", "heatmaps"])

@@ -19,7 +19,7 @@ from diffpose_jax.detectors import Detector, hrnet
 from diffpose_jax.evaluation import metrics
 from diffpose_jax.evaluation.alignment import procrustes_align
 from diffpose_jax.interop import torch_weights
-from diffpose_jax.method import diffusion, heatmaps, sampling
+from diffpose_jax.method import heatmaps, sampling
 from diffpose_jax.method import network as network_lib
 from diffpose_jax.method.channel_embedding import channel_embedding
 from diffpose_jax.method.heatmaps import Candidates
@@ -174,7 +174,7 @@ def test_ablated_condition(load, build, name):
 def test_denoiser(diffpose):
     case, network, params = diffpose
     x, t, condition = (jnp.asarray(case[f"denoiser/{name}"]) for name in "xtc")
-    eps = network.predict_noise(params, x, t, network.project_condition(params, condition))
+    eps = network.predict(params, x, t, network.project_condition(params, condition))
     assert_close(eps, case["denoiser/eps"], of_std=1e-5)
 
 
@@ -188,9 +188,9 @@ def projected(diffpose):
 
 def test_loss(diffpose, projected):
     case, network, params = diffpose
-    loss = diffusion.noise_prediction_loss(
-        lambda x_t, t: network.predict_noise(params, x_t, t, projected),
-        network.schedule,
+    loss = network.loss_at(
+        params,
+        projected,
         network.pose_scale * jnp.asarray(case["loss/pose_m"]),
         jnp.asarray(case["loss/t"]),
         jnp.asarray(case["loss/noise"]),

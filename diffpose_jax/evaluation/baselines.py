@@ -11,7 +11,6 @@ in millimetres.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,18 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import serialization, struct, traverse_util
+from flax import serialization, struct
 from jax import Array
 from jaxtyping import Float, Key
 from tqdm import tqdm
 
-from diffpose_jax.io import arrays as numpy_files
-from diffpose_jax.io.files import write_atomic
+from diffpose_jax.io import arrays
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import NUM_JOINTS
 
 _STEPS_PER_DISPATCH = 100
-_FITTED_ON = "fitted_on"
 
 
 class RegressionNetwork(nn.Module):
@@ -234,9 +231,7 @@ def _with_hip(joints_mm: Float[Array, "*B 16 3"]) -> Float[Array, "*B 17 3"]:
 
 def save(path: str | Path, baselines: Baselines, fitted_on: dict[str, Any]) -> None:
     """Writes baselines as .npz, with plain values that they depend on."""
-    contents: dict[str, Any] = {_FITTED_ON: json.dumps(fitted_on)}
-    contents |= traverse_util.flatten_dict(serialization.to_state_dict(baselines), sep="/")
-    write_atomic(path, numpy_files.npz_bytes(contents))
+    arrays.write_tree(path, serialization.to_state_dict(baselines), fitted_on)
 
 
 def load(path: str | Path) -> tuple[Baselines, dict[str, Any]]:
@@ -246,11 +241,9 @@ def load(path: str | Path) -> tuple[Baselines, dict[str, Any]]:
       CheckpointError: if the file is damaged.
     """
     try:
-        arrays = dict(numpy_files.read(path))
-        fitted_on = dict(json.loads(str(arrays.pop(_FITTED_ON))))
-        tree = traverse_util.unflatten_dict(arrays, sep="/")
+        tree, fitted_on = arrays.read_tree(path)
         regression = RegressionParams(**tree["regression"])
         gaussian = GaussianParams(**tree["gaussian"])
         return Baselines(tree["mean_pose_mm"], regression, gaussian), fitted_on
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it") from error

@@ -1,6 +1,6 @@
-"""What is fitted before an evaluation: baselines, the radius's calibration, the ambiguous frames.
+"""What is fitted before an evaluation: baselines, prediction errors, calibration, ambiguous frames.
 
-Baselines and calibration are kept in the run's folder, with what they were fitted on; they are
+All but the last are kept in the run's folder, with what they were fitted on; they are
 fitted again when that has changed.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Key
+from jaxtyping import Bool, Float, Key
 from tqdm import tqdm
 
 from diffpose_jax.config import Config, ConfigError, EvaluationConfig
@@ -28,6 +28,9 @@ from diffpose_jax.evaluation.calibration import Calibration
 from diffpose_jax.evaluation.evaluate import regression_inputs
 from diffpose_jax.inference import Model
 from diffpose_jax.io.trees import check_sum
+from diffpose_jax.method.pose_vector import POSE_SIZE, moments
+from diffpose_jax.method.sampling import PredictionErrors
+from diffpose_jax.training import checkpoints
 
 BASELINES = "baselines.npz"
 """The file in a run's folder with the baselines."""
@@ -83,6 +86,50 @@ def baselines(
     fitted = baselines_lib.fit_baselines(key, np.concatenate(inputs), examples.pose_mm, **how)
     baselines_lib.save(folders[0] / BASELINES, fitted, fitted_on)
     return fitted
+
+
+def prediction_errors(
+    key: Key[Array, ""], train: TrainingSplit, model: Model, folder: Path
+) -> PredictionErrors | None:
+    """What a solver uses of the model's errors: its own, the folder's, or measured and written now.
+
+    None if no recordings were held out of the training.
+    """
+    found = model.errors or checkpoints.find_errors((folder,), model.network, model.params)
+    if found is not None or not model.config.data.calibration_share:
+        return found
+    examples, held_out = train()
+    if held_out is None:
+        return None
+    mean, deviation = moments(examples.pose_mm, model.network.pose_scale)
+    fitted = PredictionErrors(mean, deviation**2, *measure_errors(key, model, held_out))
+    checkpoints.write_errors(folder, fitted, model.params)
+    return fitted
+
+
+def measure_errors(
+    key: Key[Array, ""], model: Model, held_out: Examples, max_frames: int = 2048
+) -> list[Float[np.ndarray, "T 48 48"]]:
+    """The second moments of `PredictionErrors`, on recordings that the model was not trained on.
+
+    Args:
+      key: a random key.
+      model: the model.
+      held_out: the frames.
+      max_frames: at most so many frames are taken, evenly spread.
+    """
+    network, size = model.network, 64
+    rows = np.linspace(0, len(held_out) - 1, min(len(held_out), max_frames)).astype(int)
+    totals = np.zeros((3, network.schedule.num_steps, POSE_SIZE, POSE_SIZE))
+    for start in tqdm(range(0, len(rows), size), desc="measuring errors", unit=" batches"):
+        # Of one size, so that one program is compiled.
+        chosen = np.resize(rows[start : start + size], size)
+        is_counted = np.arange(size) < len(rows) - start
+        maps, poses_mm = held_out.heatmaps(chosen), np.float32(held_out.pose_mm[chosen])
+        key, batch_key = jax.random.split(key)
+        found = network.error_products(model.params, batch_key, maps, poses_mm, is_counted)
+        totals += np.stack([np.asarray(products) for products in found])
+    return list((totals / len(rows)).astype(np.float32))
 
 
 def radius_calibration(

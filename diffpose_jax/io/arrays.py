@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
+from diffpose_jax.io.files import write_atomic
+
+_ABOUT = "fitted_on"
 MAX_UNPACKED_BYTES = 1 << 30  # what is larger can be given as .npy, which is not packed
 
 
@@ -48,3 +53,24 @@ def read(path: str | os.PathLike[str]) -> np.ndarray | dict[str, np.ndarray]:
         raise ValueError(
             f"{path} is not a .npy or .npz file of numbers, or is damaged: {reason[:200]}"
         ) from error
+
+
+def write_tree(path: str | os.PathLike[str], tree: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes a nested dictionary of arrays as .npz, with plain values that say what it is of."""
+    contents = {_ABOUT: json.dumps(about), **traverse_util.flatten_dict(tree, sep="/")}
+    write_atomic(path, npz_bytes(contents))
+
+
+def read_tree(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what `write_tree` wrote: the arrays, and the plain values.
+
+    Raises:
+      ValueError: if the file is damaged.
+      FileNotFoundError: if there is no such file.
+    """
+    try:
+        arrays = dict(read(path))
+        about = dict(json.loads(str(arrays.pop(_ABOUT))))
+        return traverse_util.unflatten_dict(arrays, sep="/"), about
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error

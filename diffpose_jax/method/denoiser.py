@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Real
 
 from diffpose_jax.method.pose_vector import POSE_SIZE
 
@@ -48,10 +48,10 @@ class Denoiser(nn.Module):
     def __call__(
         self,
         x_t: Float[Array, "*batch N"],
-        t: Integer[Array, "*batch"],
+        t: Real[Array, "*batch"],
         projected: Float[Array, "*#batch W"],
     ) -> Float[Array, "*batch N"]:
-        """Predicts the noise eps in x_t; the network sees the raw integer t."""
+        """Predicts the noise eps in x_t, or another target; the network sees the raw t."""
         time = t.astype(x_t.dtype)[..., None]
         h = self.input(jnp.concatenate([x_t, time], axis=-1)) + projected
         for first, second in self.blocks:

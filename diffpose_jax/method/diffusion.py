@@ -1,15 +1,15 @@
-"""The diffusion process: noise schedule, forward process and training loss (Sec. 3.3).
+"""The diffusion process: noise schedule, noise levels and what a network predicts (Sec. 3.3).
 
-Names follow Ho et al. (2020): beta_t, alpha-bar_t = prod(1 - beta), x_0 the data, x_T noise. The
-noise prediction eps(x_t, t) is an argument; nothing here knows of networks or poses. Times are
-integers 0..T-1, as in the published program: x at t = 0 has been noised once.
+Names follow Ho et al. (2020): beta_t, alpha-bar_t = prod(1 - beta), x_0 the data, x_T noise, eps
+the noise. Nothing here knows of networks or poses. Times are integers 0..T-1, as in the published
+program: x at t = 0 has been noised once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +49,11 @@ class Schedule:
     def alphas_cumprod_prev(self) -> np.ndarray:
         """Alpha-bar_{t-1}, 1 at t = 0."""
         return np.append(1.0, self.alphas_cumprod[:-1])
+
+    def level(self, t: Integer[Array, "*batch"]) -> NoiseLevel:
+        """The noise level at times t, (*batch, 1)."""
+        values = np.sqrt(self.alphas_cumprod), np.sqrt(1.0 - self.alphas_cumprod)
+        return NoiseLevel(*(jnp.asarray(x, jnp.float32)[t][..., None] for x in values))
 
     @property
     def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
@@ -92,41 +97,63 @@ def cosine_schedule(
     return Schedule(np.clip(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.0, max_beta))
 
 
-def _at(values: np.ndarray, t: Integer[Array, "*batch"], x: Array) -> Float[Array, "*batch 1"]:
-    """Values (T,) at times t, shaped to scale x (..., N)."""
-    return jnp.asarray(values, x.dtype)[t][..., None]
+@flax.struct.dataclass
+class NoiseLevel:
+    """How much of the data and of noise is in x_t = `signal` x_0 + `noise` eps.
 
-
-def q_sample(
-    schedule: Schedule,
-    x_0: Float[Array, "*batch N"],
-    t: Integer[Array, "*batch"],
-    noise: Float[Array, "*batch N"],
-) -> Float[Array, "*batch N"]:
-    """Noises x_0 to time t (Ho et al. Eq. 4): x_t."""
-    return (
-        _at(np.sqrt(schedule.alphas_cumprod), t, x_0) * x_0
-        + _at(np.sqrt(1.0 - schedule.alphas_cumprod), t, x_0) * noise
-    )
-
-
-def predict_x_0(
-    schedule: Schedule,
-    x_t: Float[Array, "*batch N"],
-    t: Integer[Array, "*batch"],
-    eps: Float[Array, "*batch N"],
-    clip: float,
-) -> Float[Array, "*batch N"]:
-    """The x_0 that noise eps implies, clipped to +-clip.
-
-    At t = T - 1 alpha-bar is 4e-6: an error of eps is multiplied by some 500, and without
-    the clip the chain starts far outside the data.
+    Attributes:
+      signal: sqrt(alpha-bar).
+      noise: sqrt(1 - alpha-bar).
     """
-    x_0 = (
-        _at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-        - _at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
+
+    signal: Float[Array, "*level"]
+    noise: Float[Array, "*level"]
+
+    def noised(self, x_0: Float[Array, "*#batch N"], eps: Float[Array, "*#batch N"]) -> Array:
+        """x_t (Ho et al. Eq. 4)."""
+        return self.signal * x_0 + self.noise * eps
+
+
+@flax.struct.dataclass
+class Target:
+    """What a network F(x_t, t) predicts at a noise level, and the x_0 that follows from it.
+
+    F = `of_x_0` x_0 + `of_noise` eps, and x_0 = `skip` x_t + `out` F.
+    """
+
+    of_x_0: Float[Array, "*level"]
+    of_noise: Float[Array, "*level"]
+    skip: Float[Array, "*level"]
+    out: Float[Array, "*level"]
+
+
+def noise_target(level: NoiseLevel) -> Target:
+    """The noise eps: the paper's target (Ho et al. Eq. 12).
+
+    At t = T - 1 alpha-bar is 4e-6: an error of eps is multiplied by some 500 in x_0.
+    """
+    zero, one = jnp.zeros_like(level.noise), jnp.ones_like(level.noise)
+    return Target(zero, one, one / level.signal, -level.noise / level.signal)
+
+
+def edm_target(level: NoiseLevel, data_std: Float[Array, "*#level"]) -> Target:
+    """The target of unit variance at every noise level (Karras et al. 2022, Table 1, "EDM").
+
+    Their c_skip and c_out for the variance preserving process. In pure noise F is the data over
+    their deviation, close to the data it is the noise: an error of F is never multiplied by more
+    than `data_std`.
+
+    Args:
+      level: the noise level.
+      data_std: sigma_data, the deviation of x_0, whose mean is 0.
+    """
+    spread = jnp.sqrt((level.signal * data_std) ** 2 + level.noise**2)
+    return Target(
+        of_x_0=level.noise / (data_std * spread),
+        of_noise=-level.signal * data_std / spread,
+        skip=level.signal * data_std**2 / spread**2,
+        out=data_std * level.noise / spread,
     )
-    return jnp.clip(x_0, -clip, clip)
 
 
 def draw_time_and_noise(
@@ -136,14 +163,3 @@ def draw_time_and_noise(
     time_key, noise_key = jax.random.split(key)
     t = jax.random.randint(time_key, shape[:-1], 0, schedule.num_steps)
     return t, jax.random.normal(noise_key, shape)
-
-
-def noise_prediction_loss(
-    predict_noise: Callable[[Array, Array], Array],
-    schedule: Schedule,
-    x_0: Float[Array, "*batch N"],
-    t: Integer[Array, "*batch"],
-    noise: Float[Array, "*batch N"],
-) -> Float[Array, ""]:
-    """Mean squared error of the predicted noise eps(x_t, t), over all axes (Ho et al. Eq. 14)."""
-    return jnp.mean(jnp.square(predict_noise(q_sample(schedule, x_0, t, noise), t) - noise))

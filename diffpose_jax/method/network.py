@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Integer, Key
+from jaxtyping import Bool, Float, Integer, Key, Real
 
 from diffpose_jax.config import ModelConfig
-from diffpose_jax.method import diffusion, sampling
+from diffpose_jax.method import diffusion, likelihood, sampling
 from diffpose_jax.method.ablation_encoders import CandidateVector, HeatmapResNet
 from diffpose_jax.method.denoiser import Denoiser
 from diffpose_jax.method.embedding_transformer import EmbeddingTransformer
 from diffpose_jax.method.heatmaps import MAPS_SHAPE, AnyArray, Candidates, CandidateSampler
-from diffpose_jax.method.pose_vector import POSE_SIZE, vector_to_pose
+from diffpose_jax.method.pose_vector import POSE_SIZE, moments, pose_to_vector, vector_to_pose
+from diffpose_jax.skeleton import NUM_JOINTS
 
 Params = Mapping[str, Any]
 
@@ -32,6 +33,7 @@ EncoderInput = Candidates | Array | np.ndarray
 PER_PASS_ON_CPU, PER_PASS = 200, 64 * 200
 """Hypotheses that are denoised together: the activations of 200 fit a CPU's cache and those of many
 do not; other devices want work for all of their cores."""
+_POSES_PER_PASS = 64  # whose densities are computed together
 
 
 @flax.struct.dataclass
@@ -62,6 +64,8 @@ class DiffPose:
       pose_scale: units of the pose vector per metre.
       clip: bound of the predicted x_0, in these units.
       sampler: makes the candidates; None if the encoder reads the heatmaps themselves.
+      target: what the denoiser predicts, "noise" or "edm".
+      data_std: deviation of the pose vectors for "edm"; 0 if it is to be measured.
       candidates_per_hypothesis: whether each hypothesis draws candidates of its own, and so
         has a condition of its own, or the hypotheses of an image share one.
     """
@@ -72,6 +76,8 @@ class DiffPose:
     pose_scale: float
     clip: float
     sampler: CandidateSampler | None
+    target: str
+    data_std: float
     candidates_per_hypothesis: bool
 
     @property
@@ -81,7 +87,11 @@ class DiffPose:
 
     @functools.partial(jax.jit, static_argnames="self")
     def init(self, key: Key[Array, ""]) -> Params:
-        """Draws parameters: {"encoder": .., "denoiser": ..}, float32."""
+        """Draws parameters: {"encoder": .., "denoiser": ..}, float32.
+
+        For the target "edm" also {"moments": {"mean": .., "std": ..}} (48,) of the data, which are
+        not trained.
+        """
         encoder_key, denoiser_key = jax.random.split(key)
         read = self.encoder_input(encoder_key, jnp.zeros(MAPS_SHAPE))
         condition, encoder = self.encoder.init_with_output(encoder_key, read)
@@ -91,7 +101,18 @@ class DiffPose:
             return denoiser(x_t, t, denoiser.project_condition(condition))
 
         denoiser = self.denoiser.init(denoiser_key, condition, method=both)
-        return {"encoder": encoder.get("params", {}), "denoiser": denoiser["params"]}
+        params = {"encoder": encoder.get("params", {}), "denoiser": denoiser["params"]}
+        if self.target == "edm":
+            mean, std = jnp.zeros(POSE_SIZE), jnp.full(POSE_SIZE, self.data_std or 1.0)
+            params["moments"] = {"mean": mean, "std": std}
+        return params
+
+    def with_moments(self, params: Params, poses_mm: Float[np.ndarray, "N 17 3"]) -> Params:
+        """Parameters with the moments of the training poses, if the target needs them measured."""
+        if self.target != "edm" or self.data_std:
+            return params
+        mean, std = moments(poses_mm, self.pose_scale)
+        return {**params, "moments": {"mean": jnp.asarray(mean), "std": jnp.asarray(std)}}
 
     def encoder_input(
         self, key: Key[Array, ""], heatmaps: Float[Array, "J H W"]
@@ -120,15 +141,35 @@ class DiffPose:
         )
         return cast(Array, projected)
 
-    def predict_noise(
+    def predict(
         self,
         params: Params,
         x_t: Float[Array, "*batch 48"],
-        t: Integer[Array, "*batch"],
+        time: Real[Array, "*batch"],
         projected: Float[Array, "*#batch W"],
     ) -> Float[Array, "*batch 48"]:
-        """The denoiser's eps(x_t, t, c), from the projected condition."""
-        return cast(Array, self.denoiser.apply({"params": params["denoiser"]}, x_t, t, projected))
+        """The denoiser's output F(x_t, time, c) from the projected condition, see `time_input`."""
+        variables = {"params": params["denoiser"]}
+        return cast(Array, self.denoiser.apply(variables, x_t, time, projected))
+
+    def time_input(
+        self, t: Real[Array, "*batch"], level: diffusion.NoiseLevel
+    ) -> Real[Array, "*batch"]:
+        """What the denoiser sees of the time: t, or for "edm" their c_noise, ln(sigma) scaled."""
+        return t if self.target == "noise" else 0.5 * jnp.log(level.noise / level.signal)[..., 0]
+
+    def target_at(
+        self, params: Params, level: diffusion.NoiseLevel
+    ) -> tuple[diffusion.Target, Float[Array, "*centre"]]:
+        """What F is at a noise level, and the mean that is taken off the data before."""
+        t_axes = level.signal.ndim - 1
+        if "moments" not in params:
+            return diffusion.noise_target(level), jnp.zeros(())
+        mean, std = (
+            jnp.expand_dims(jax.lax.stop_gradient(params["moments"][name]), range(t_axes))
+            for name in ("mean", "std")
+        )
+        return diffusion.edm_target(level, std), mean
 
     def loss(
         self,
@@ -138,7 +179,7 @@ class DiffPose:
         x_0: Float[Array, 48],
         num_draws: int = 1,
     ) -> Float[Array, ""]:
-        """Training loss of one image: the mean squared error of the predicted noise.
+        """Training loss of one image: the mean squared error of F (for the noise Ho et al. Eq. 14).
 
         Args:
           params: parameters.
@@ -151,22 +192,127 @@ class DiffPose:
         condition = self.condition(params, read, dropout_key)
         projected = self.project_condition(params, condition)[None]
         t, noise = diffusion.draw_time_and_noise(noise_key, self.schedule, (num_draws, POSE_SIZE))
-        return diffusion.noise_prediction_loss(
-            lambda x_t, t: self.predict_noise(params, x_t, t, projected),
-            self.schedule,
-            jnp.tile(x_0, (num_draws, 1)),
-            t,
-            noise,
-        )
+        return self.loss_at(params, projected, x_0[None], t, noise)
+
+    def loss_at(
+        self,
+        params: Params,
+        projected: Float[Array, "*#batch W"],
+        x_0: Float[Array, "*#batch 48"],
+        t: Integer[Array, "*batch"],
+        noise: Float[Array, "*batch 48"],
+    ) -> Float[Array, ""]:
+        """The loss at given times and noises, over all axes."""
+        level = self.schedule.level(t)
+        target, mean = self.target_at(params, level)
+        time = self.time_input(t, level)
+        found = self.predict(params, level.noised(x_0, noise), time, projected)
+        wanted = target.of_x_0 * (x_0 - mean) + target.of_noise * noise
+        return jnp.mean(jnp.square(found - wanted))
+
+    def predict_x_0(
+        self,
+        params: Params,
+        x_t: Float[Array, "*batch 48"],
+        t: Real[Array, "*batch"],
+        level: diffusion.NoiseLevel,
+        projected: Float[Array, "*#batch W"],
+    ) -> Float[Array, "*batch 48"]:
+        """The x_0 that F implies at a time and its noise level."""
+        target, mean = self.target_at(params, level)
+        found = self.predict(params, x_t, self.time_input(t, level), projected)
+        return mean + target.skip * (x_t - level.signal * mean) + target.out * found
 
     def denoise(self, params: Params, projected: Float[Array, " W"]) -> sampling.Denoise:
-        """The prediction of x_0 under a condition, for `sampling.sample`."""
+        """The prediction of x_0 under a condition, within the clip, for `sampling.sample`."""
 
         def x_0(x_t: Array, t: Array) -> Array:
-            eps = self.predict_noise(params, x_t, t, projected)
-            return diffusion.predict_x_0(self.schedule, x_t, t, eps, self.clip)
+            found = self.predict_x_0(params, x_t, t, self.schedule.level(t), projected)
+            return jnp.clip(found, -self.clip, self.clip)
 
         return x_0
+
+    @functools.partial(jax.jit, static_argnames=("self", "num_candidate_sets"))
+    def log_prob(
+        self,
+        params: Params,
+        key: Key[Array, ""],
+        heatmaps: Float[Array, "B J H W"],
+        poses_mm: Float[Array, "B M 17 3"],
+        num_candidate_sets: int,
+        num_images: Array | int,
+    ) -> Float[Array, "B M"]:
+        """Log-densities of poses, on one device; see `inference.Model.log_prob` and `draw`."""
+        batch, number, sets = *poses_mm.shape[:2], num_candidate_sets
+        basis = likelihood.centred_basis(NUM_JOINTS - 1)
+        vectors = pose_to_vector(poses_mm, self.pose_scale).reshape(-1, POSE_SIZE)
+        coordinates = vectors @ jnp.asarray(basis, vectors.dtype)
+        keys = jax.vmap(jax.random.split)(sampling.image_keys(key, heatmaps))[:, 0]
+
+        def condition(key: Array, heatmaps: Array) -> Array:
+            read = self.encoder_input(key, heatmaps)
+            return self.project_condition(params, self.condition(params, read))
+
+        of_set = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        conditions = jax.vmap(jax.vmap(condition, (0, None)))(
+            of_set(keys, jnp.arange(sets)), heatmaps
+        ).reshape(batch * sets, -1)
+
+        def log_density(index: Array) -> Array:
+            pose, candidate_set = index // sets, index % sets
+            projected = conditions[(pose // number) * sets + candidate_set]
+
+            def predict(x_t: Array, t: Array, level: diffusion.NoiseLevel) -> Array:
+                return self.predict_x_0(params, x_t, t, level, projected)
+
+            return likelihood.log_density(predict, self.schedule, coordinates[pose], basis)
+
+        of_image = number * sets
+        found = sampling.in_passes(
+            jax.vmap(log_density), batch * of_image, num_images * of_image, _POSES_PER_PASS
+        )
+        per_pose = jax.nn.logsumexp(found.reshape(batch, number, sets), axis=-1) - np.log(sets)
+        return per_pose + basis.shape[1] * np.log(self.pose_scale / 10.0)
+
+    @functools.partial(jax.jit, static_argnames=("self", "num_draws"))
+    def error_products(
+        self,
+        params: Params,
+        key: Key[Array, ""],
+        heatmaps: Float[AnyArray, "B J H W"],
+        poses_mm: Float[AnyArray, "B 17 3"],
+        is_counted: Bool[AnyArray, " B"],
+        num_draws: int = 4,
+    ) -> tuple[Float[Array, "T 48 48"], Float[Array, "T 48 48"], Float[Array, "T 48 48"]]:
+        """Sums over images of e e^T, e r^T and r r^T, see `sampling.PredictionErrors`.
+
+        Args:
+          params: parameters.
+          key: a random key.
+          heatmaps: finite, float32.
+          poses_mm: the truth.
+          is_counted: which images count.
+          num_draws: noises drawn for each image and t, over which the products are means.
+        """
+        times = jnp.tile(jnp.arange(self.schedule.num_steps), (num_draws, 1))
+        level = self.schedule.level(times)
+
+        def errors(key: Array, heatmaps: Array, pose_mm: Array) -> tuple[Array, Array]:
+            candidate_key, noise_key = jax.random.split(key)
+            condition = self.condition(params, self.encoder_input(candidate_key, heatmaps))
+            denoise = self.denoise(params, self.project_condition(params, condition))
+            x_0 = pose_to_vector(pose_mm, self.pose_scale)[None, None]
+            x_t = level.noised(x_0, jax.random.normal(noise_key, (*times.shape, POSE_SIZE)))
+            predicted = jax.vmap(jax.vmap(denoise))(x_t, times)
+            return x_0 - predicted, x_t - level.signal * predicted
+
+        keys = jax.random.split(key, len(poses_mm))
+        e, r = jax.vmap(errors)(keys, jnp.asarray(heatmaps), jnp.asarray(poses_mm))
+        share = jnp.asarray(is_counted) / num_draws
+        products = functools.partial(
+            jnp.einsum, "b,bdti,bdtj->tij", share, precision="highest", optimize="optimal"
+        )
+        return products(e, e), products(e, r), products(r, r)
 
     @functools.partial(jax.jit, static_argnames=("self", "num_hypotheses"))
     def draw(
@@ -271,5 +417,7 @@ def build(config: ModelConfig) -> DiffPose:
         pose_scale=config.pose_scale,
         clip=config.clip,
         sampler=None if config.encoder == "heatmaps" else sampler,
+        target=config.target,
+        data_std=config.data_std,
         candidates_per_hypothesis=config.candidates == "per_hypothesis",
     )

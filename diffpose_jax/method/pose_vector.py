@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -35,3 +37,13 @@ def vector_to_pose(
     joints = jnp.swapaxes(vector.reshape(*vector.shape[:-1], 3, NUM_JOINTS - 1), -1, -2)
     hip = 0.5 * (joints[..., [_RIGHT_HIP], :] + joints[..., [_LEFT_HIP], :])
     return (1000.0 / pose_scale) * jnp.concatenate([jnp.zeros_like(hip), joints - hip], axis=-2)
+
+
+def moments(
+    poses_mm: Float[np.ndarray, "N 17 3"], pose_scale: float
+) -> tuple[Float[np.ndarray, " 48"], Float[np.ndarray, " 48"]]:
+    """Mean and standard deviation of the vectors of many poses, by coordinate."""
+    vectors = np.asarray(jax.jit(pose_to_vector, static_argnums=1)(poses_mm, pose_scale))
+    mean, std = (np.asarray(f(vectors, axis=0, dtype=np.float64)) for f in (np.mean, np.std))
+    # Nothing varies in the poses of a single frame.
+    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)

@@ -22,6 +22,7 @@ from diffpose_jax.data.pipeline import Examples
 from diffpose_jax.evaluation import evaluate, fitting
 from diffpose_jax.inference import Model
 from diffpose_jax.io import files, scalars
+from diffpose_jax.method import sampling
 from diffpose_jax.report import figures, page, published, tables
 
 
@@ -37,8 +38,8 @@ def evaluate_run(
 
     Args:
       checkpoint: a run's folder, or an export.
-      output: where results.json, the tables, figures/, report.html, baselines.npz and
-        calibration.json go.
+      output: where results.json, the tables, figures/, report.html, baselines.npz,
+        prediction_errors.npz and calibration.json go.
       protocol: its `data` and `evaluation` say on what and how; by default the model's own
         configuration, as it was when the training began.
       num_hypotheses: one or several M, evaluated in one pass; by default what the protocol says.
@@ -56,13 +57,18 @@ def evaluate_run(
     model = inference.load(checkpoint, protocol.evaluation.weights if protocol else None)
     config = model.config
     protocol = protocol or config
-    settings = protocol.evaluation
-    model = dataclasses.replace(model, default_solver=model.parse_solver(solver or settings.solver))
-    counts = sorted(set(num_hypotheses or (settings.num_hypotheses,)), reverse=True)
+    counts = sorted(set(num_hypotheses or (protocol.evaluation.num_hypotheses,)), reverse=True)
+    settings = dataclasses.replace(
+        protocol.evaluation,
+        num_hypotheses=counts[0],
+        solver=solver or protocol.evaluation.solver,
+    )
+    needs_errors = sampling.needs_errors(model.network.schedule, settings.solver)
     # Apart from the keys of the training, which are split from the key of the seed itself.
     baselines_key, evaluation_key, calibration_key = jax.random.split(
         jax.random.key(config.seed + 1_000_000), 3
     )
+    errors_key = jax.random.fold_in(calibration_key, 0)
     with distributed.first_process_first("data"):
         test = pipeline.load(protocol.data, "test", data_dir)
     if unknown := [key for key in settings.group_by if key not in test.groups]:
@@ -83,7 +89,11 @@ def evaluate_run(
     }
     train, folders = fitting.training_split(config, data_dir), (output, checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    with distributed.first_process_first("baselines and calibration"):
+    with distributed.first_process_first("fits before the evaluation"):
+        if needs_errors:
+            errors = fitting.prediction_errors(errors_key, train, model, output)
+            model = dataclasses.replace(model, errors=errors)
+        model = dataclasses.replace(model, default_solver=model.parse_solver(settings.solver))
         baselines = fitting.baselines(baselines_key, train, settings, fitted_on, folders)
         calibration = fitting.radius_calibration(
             calibration_key, train, model, settings, fitted_on, folders
@@ -246,6 +256,8 @@ def write_report(
             figures.min_mpjpe_curves(results)
         )
     }
+    if results["num_hypotheses"] > 1:
+        curves["Calibration"] = figures.plot_reliability(results)
     lines = scalars.read_scalars(run / "metrics.jsonl")
     if lines:
         steps, losses = (np.array([line[name] for line in lines]) for name in ("step", "loss"))

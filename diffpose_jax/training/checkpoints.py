@@ -4,6 +4,8 @@ Both have one layout, so that one reader does: a folder with the items `params`,
 (the configuration and what it takes to recognise the file) and, in a run, `ema` and
 `optimizer`. A run keeps such folders as `checkpoints/<step>`.
 
+Beside the items, or in the run's folder, may lie `prediction_errors.npz`, which some solvers need.
+
 `metadata` also holds check sums of each array and of itself, which are compared whenever something
 is read (`io.trees` says why).
 """
@@ -11,6 +13,7 @@ is read (`io.trees` says why).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +21,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import serialization
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from diffpose_jax import config as config_lib
 from diffpose_jax import distributed
 from diffpose_jax.config import Config, ConfigError
-from diffpose_jax.io import trees
+from diffpose_jax.io import arrays, trees
 from diffpose_jax.io.trees import CheckpointError, DamagedError
 from diffpose_jax.method import network as network_lib
 from diffpose_jax.method.network import DiffPose, Params
+from diffpose_jax.method.pose_vector import POSE_SIZE
+from diffpose_jax.method.sampling import ERRORS, PredictionErrors
 from diffpose_jax.skeleton import H36M_JOINTS
 from diffpose_jax.training.loop import NonFiniteLossError
 from diffpose_jax.training.step import TrainState
@@ -95,14 +101,14 @@ class RunCheckpoints:
         if not self._manager or step in self._manager.all_steps():
             return
         state = jax.device_get(state)
-        arrays = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
+        written = {_PARAMS: state.params, _OPTIMIZER: _optimizer_item(state)}
         if state.ema is not None:
-            arrays[_EMA] = state.ema
+            written[_EMA] = state.ema
         for item in (_PARAMS, _EMA):
-            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays.get(item))):
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(written.get(item))):
                 raise NonFiniteLossError(step, f"update of the {item}", float("nan"))
-        metadata = _metadata(self._config, self._data_fingerprint, arrays)
-        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
+        metadata = _metadata(self._config, self._data_fingerprint, written)
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in written.items()}
         items[_METADATA] = ocp.args.JsonSave(metadata)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -219,6 +225,7 @@ class Loaded(NamedTuple):
     params: Params
     config: Config
     data_fingerprint: str
+    errors: PredictionErrors | None
 
 
 def load(checkpoint: str | Path, weights: str | None = None) -> Loaded:
@@ -236,11 +243,50 @@ def load(checkpoint: str | Path, weights: str | None = None) -> Loaded:
     expected = jax.eval_shape(network.init, jax.random.key(0))
     params = trees.read_trees(folder, {item: expected})[item]
     trees.check_sums(folder, {item: params}, metadata.get("crc32", {}))
-    return Loaded(network, jax.device_put(params), config, metadata.get("data_fingerprint", ""))
+    errors = find_errors((folder, *folder.absolute().parents[:2]), network, params)
+    fingerprint = metadata.get("data_fingerprint", "")
+    return Loaded(network, jax.device_put(params), config, fingerprint, errors)
+
+
+def write_errors(folder: Path, errors: PredictionErrors, params: Params) -> None:
+    """Writes what was measured of a model with these parameters."""
+    about = {"parameters": trees.check_sum(params)}
+    arrays.write_tree(folder / ERRORS, serialization.to_state_dict(errors), about)
+
+
+def find_errors(
+    folders: Sequence[Path], network: DiffPose, params: Params
+) -> PredictionErrors | None:
+    """Reads what was measured of a model with these parameters, from the first folder that has it.
+
+    Raises:
+      CheckpointError: if a file is damaged, or of a network with other times.
+    """
+    steps = network.schedule.num_steps
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "variance"), (POSE_SIZE,))
+    shapes |= dict.fromkeys(("error", "cross", "residual"), (steps, POSE_SIZE, POSE_SIZE))
+    for path in (folder / ERRORS for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            tree, about = arrays.read_tree(path)
+            if wrong := trees.misfits(tree, shapes):
+                raise ValueError(wrong)
+            if not all(np.isfinite(array).all() for array in tree.values()):
+                raise ValueError("it holds numbers that are not finite")
+            if about.get("parameters") == trees.check_sum(params):
+                return PredictionErrors(**tree)
+        except (OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
+    return None
 
 
 def export(
-    directory: str | Path, params: Params, config: Config, data_fingerprint: str = ""
+    directory: str | Path,
+    params: Params,
+    config: Config,
+    data_fingerprint: str = "",
+    errors: PredictionErrors | None = None,
 ) -> None:
     """Writes a model without the optimizer; see `inference.export`."""
     directory = Path(directory).absolute()
@@ -251,15 +297,17 @@ def export(
     }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.Composite(**items))
+    if errors is not None:
+        write_errors(directory, errors, params)
 
 
-def _metadata(config: Config, data_fingerprint: str, arrays: dict[str, Any]) -> dict[str, Any]:
+def _metadata(config: Config, data_fingerprint: str, written: dict[str, Any]) -> dict[str, Any]:
     metadata = {
         "format": FORMAT,
         **_poses(config.model.pose_scale),
         "data_fingerprint": data_fingerprint,
         "config": dataclasses.asdict(config),
-        "crc32": {item: trees.array_sums(tree) for item, tree in arrays.items()},
+        "crc32": {item: trees.array_sums(tree) for item, tree in written.items()},
     }
     return metadata | {_OWN_SUM: trees.json_sum(metadata)}
 

@@ -7,6 +7,7 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax import Array
@@ -90,9 +91,13 @@ class Trainer:
         """Adam."""
         return optax.adam(self.learning_rate)
 
-    def init(self, key: Key[Array, ""]) -> TrainState:
-        """The state before the first step."""
+    def init(
+        self, key: Key[Array, ""], poses_mm: Float[np.ndarray, "N 17 3"] | None = None
+    ) -> TrainState:
+        """The state before the first step; a network that needs their moments takes the poses."""
         params = self.network.init(key)
+        if poses_mm is not None:
+            params = self.network.with_moments(params, poses_mm)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

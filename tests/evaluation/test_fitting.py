@@ -1,16 +1,19 @@
-"""Baselines and calibrations are fitted once and kept; which frames are ambiguous."""
+"""Baselines, prediction errors and calibrations are fitted once; which frames are ambiguous."""
 
 import dataclasses
 import itertools
 import re
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import examples, parsed, small_config, small_model
 
 from diffpose_jax.config import ConfigError
 from diffpose_jax.evaluation import baselines, calibration, fitting
+from diffpose_jax.method.pose_vector import pose_to_vector
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,14 +46,18 @@ def fitted_calibration(value):
     return calibration.Calibration(np.full(17, value, np.float32), 1.0, 0.75, 90, 12)
 
 
+def holding_out(model):
+    """Of a training that held recordings out."""
+    data = dataclasses.replace(model.config.data, calibration_share=0.5)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+
+
 def calibration_of(
     folders, train=lambda: (None, HELD_OUT), fitted_on=FITTED_ON, solver="ddpm", **settings
 ):
-    """By which fit it is; of a model whose training held recordings out."""
-    model = small_model()
-    data = dataclasses.replace(model.config.data, calibration_share=0.5)
-    config = dataclasses.replace(model.config, data=data)
-    model = dataclasses.replace(model, config=config, default_solver=model.parse_solver(solver))
+    """By which fit it is."""
+    model = holding_out(small_model())
+    model = dataclasses.replace(model, default_solver=model.parse_solver(solver))
     model = dataclasses.replace(model, params=settings.pop("params", model.params))
     changed = dataclasses.replace(SETTINGS, **settings)
     return fitting.radius_calibration(KEY, train, model, changed, fitted_on, folders).factor[0]
@@ -101,6 +108,61 @@ def test_baselines_are_of_the_training_split(tmp_path):
     mean_mm = train.pose_mm.astype(np.float64).mean(0)
     np.testing.assert_allclose(found.mean_pose_mm, mean_mm, atol=1e-2)
     assert found.regression.variables["params"]["Dense_0"]["kernel"].shape[1] == 8  # the width
+
+
+def test_prediction_errors_are_those_of_the_plain_loop():
+    """In float64, one frame after the other, of 70 frames among 75: each of them once."""
+    model, frames = small_model(target="edm"), examples(5, 75)
+    network, params, schedule = model.network, model.params, model.network.schedule
+    found = fitting.measure_errors(KEY, model, frames, max_frames=70)
+    times = jnp.tile(jnp.arange(5), (4, 1))
+
+    @jax.jit
+    def predictions(key, heatmaps, x_t):
+        projected = network.project_condition(
+            params, network.condition(params, network.encoder_input(key, heatmaps))
+        )
+        return jax.vmap(jax.vmap(network.denoise(params, projected)))(x_t, times)
+
+    rows, key, expected = np.linspace(0, 74, 70).astype(int), KEY, np.zeros((3, 5, 48, 48))
+    a = schedule.alphas_cumprod[:, None]
+    for i, row in enumerate(rows):
+        if i % 64 == 0:
+            key, batch_key = jax.random.split(key)
+            keys = jax.random.split(batch_key, 64)
+        candidate_key, noise_key = jax.random.split(keys[i % 64])
+        noise = np.float64(jax.random.normal(noise_key, (4, 5, 48)))
+        x_0 = np.float64(pose_to_vector(jnp.asarray(frames.pose_mm[row])))
+        x_t = np.sqrt(a) * x_0 + np.sqrt(1 - a) * noise
+        maps = jnp.asarray(frames.heatmaps(np.array([row]))[0])
+        predicted = np.float64(predictions(candidate_key, maps, jnp.float32(x_t)))
+        e, r = x_0 - predicted, x_t - np.sqrt(a) * predicted
+        pairs = ((e, e), (e, r), (r, r))
+        expected += np.stack([np.einsum("dti,dtj->tij", x, y) for x, y in pairs]) / (4 * 70)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * expected[0].max())
+
+
+def test_errors_are_measured_once_for_the_same_parameters(tmp_path, monkeypatch):
+    """From the folder or the model; beside them the moments of the training poses."""
+    times = itertools.count(1)
+    moments = np.ones((3, 5, 48, 48), np.float32)
+    monkeypatch.setattr(fitting, "measure_errors", lambda *_: list(next(times) * moments))
+    model, train = holding_out(small_model()), examples(1, 8)
+    first = fitting.prediction_errors(KEY, lambda: (train, HELD_OUT), model, tmp_path)
+    vectors = np.float64(pose_to_vector(jnp.asarray(train.pose_mm)))
+    np.testing.assert_allclose(first.mean, vectors.mean(0), atol=1e-5)
+    np.testing.assert_allclose(first.variance, vectors.var(0), rtol=1e-5)
+    again = fitting.prediction_errors(KEY, not_read, model, tmp_path)
+    chex.assert_trees_all_equal(again, first)
+    model = dataclasses.replace(model, errors=first)
+    assert fitting.prediction_errors(KEY, not_read, model, tmp_path / "other") is first
+    other = dataclasses.replace(model, errors=None, params={"a": np.ones(2)})
+    second = fitting.prediction_errors(KEY, lambda: (train, HELD_OUT), other, tmp_path)
+    assert second.error[0, 0, 0] == 2
+
+
+def test_no_errors_are_measured_where_nothing_was_held_out(tmp_path):
+    assert fitting.prediction_errors(KEY, not_read, small_model(), tmp_path) is None
 
 
 def test_a_calibration_covers_what_it_was_fitted_on():

@@ -33,7 +33,8 @@ def get_config():
     config.data.predrawn_candidates = 8
     config.data.calibration_share = 0.5
     config.data.builder.update(source={source!r}, train_views_per_frame=1, test_views_per_frame=1)
-    config.evaluation.weights = "ema"
+    config.model.target = "edm"
+    config.evaluation.update(weights="ema", solver="ddpm:4@24+cov")
     return config
 """
 
@@ -85,9 +86,9 @@ def read_json(path):
 
 def restore(run):
     """The newest state of a run."""
-    network, _, config, _ = checkpoints.load(run)
-    trainer = Trainer(network, config.training)
-    with checkpoints.RunCheckpoints(run / "checkpoints", config, keep=2) as saved:
+    loaded = checkpoints.load(run)
+    trainer = Trainer(loaded.network, loaded.config.training)
+    with checkpoints.RunCheckpoints(run / "checkpoints", loaded.config, keep=2) as saved:
         return jax.device_get(saved.restore_latest(trainer.init(jax.random.key(0))))
 
 
@@ -95,7 +96,7 @@ def assert_same_runs(run, other):
     a, b = (jax.tree_util.tree_leaves_with_path(restore(folder)) for folder in (run, other))
     for (path, x), (_, y) in zip(a, b, strict=True):
         assert x.tobytes() == y.tobytes(), path
-    for name in ("metrics.jsonl", "results.json"):
+    for name in ("metrics.jsonl", "results.json", "prediction_errors.npz"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     a, b = (read_json(folder / "config.json") for folder in (run, other))
     assert a | {"started": b["started"]} == b
@@ -104,6 +105,7 @@ def assert_same_runs(run, other):
 def test_train_writes_all_that_is_promised(run):
     written = {path.name for path in run.iterdir()}
     assert written >= {"report.html", "baselines.npz", "tables.md", "table_all.csv"}
+    assert (run / "figures" / "calibration.png").exists()
     assert [name for name in written if name.startswith(".")] == [".lock"]
     lines = scalars.read_scalars(run / "metrics.jsonl")
     steps = np.arange(STEPS_PER_DISPATCH, NUM_STEPS + 1, STEPS_PER_DISPATCH)
@@ -134,7 +136,8 @@ def test_train_writes_all_that_is_promised(run):
 
 def test_run_again_trains_nothing(workplace, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
-    paths = [copy / "baselines.npz", copy / "metrics.jsonl", *(copy / "checkpoints").rglob("*")]
+    names = ("baselines.npz", "prediction_errors.npz", "metrics.jsonl")
+    paths = [*(copy / name for name in names), *(copy / "checkpoints").rglob("*")]
     times_ns = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
     workplace.run("train", *workplace.training(copy))
     assert times_ns == {path: path.stat().st_mtime_ns for path in times_ns}
@@ -168,7 +171,7 @@ def test_export(workplace, run, tmp_path):
     assert model.config.evaluation.weights == "ema"
     maps = examples(0, 1).heatmaps(np.arange(1))
     samples, ours = (np.asarray(m.sample(jax.random.key(0), maps, 4)) for m in (exported, model))
-    assert samples.tobytes() == ours.tobytes()
+    assert samples.tobytes() == ours.tobytes()  # by a solver that needs the measured errors
 
 
 NOTEBOOK = ROOT / "experiments" / "evaluate.ipynb"
@@ -205,7 +208,7 @@ def test_the_notebook_runs(workplace, run, tmp_path):
 def test_the_notebook_is_stored_with_its_outputs():
     cells = code_cells(NOTEBOOK)
     kinds = [k for cell in cells for output in cell["outputs"] for k in output.get("data", {})]
-    assert (kinds.count("image/png"), kinds.count("text/markdown")) == (4, 2)
+    assert (kinds.count("image/png"), kinds.count("text/markdown")) == (5, 2)
     assert all(cell["execution_count"] for cell in cells)
 
 
@@ -275,6 +278,9 @@ def test_killed_and_started_again(workplace, run):
         ("train", ["--config", "CONFIG", "--config.model.num_samples=8"],
          "config.model.num_samples is called config.model.num_candidates now"),
         ("train", [], "--config is missing"),
+        ("train", ["--config", "CONFIG", "--config.evaluation.solver=euler"], "the solver must be"),
+        ("train", ["--config", "CONFIG", "--config.data.calibration_share=0.0"],
+         "config.evaluation.solver = 'ddpm:4@24+cov' needs errors measured on recordings"),
         ("evaluate", ["--checkpoint", "no/such/run"], "no/such/run does not exist"),
         ("evaluate", ["--checkpoint", "x", "--num_hypotheses", "0"], "must be at least 1"),
         ("prepare", ["--dataset", "motion", "--source", "no/such/folder"], "no/such/folder"),

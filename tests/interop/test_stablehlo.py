@@ -16,7 +16,7 @@ import programs
 import pytest
 from absl import app
 from jax import export
-from small import random_heatmaps, small_model, small_network
+from small import random_errors, random_heatmaps, small_model, small_network
 
 from diffpose_jax import inference
 from diffpose_jax.config import ConfigError
@@ -84,13 +84,18 @@ def test_the_same_seed_gives_the_library_s_hypotheses_without_the_library(folder
         np.testing.assert_allclose(poses_mm, expected[:number], atol=0.1)
 
 
-def test_another_solver_and_candidates_for_each_hypothesis(tmp_path):
-    library, maps = small_model(candidates="per_hypothesis"), random_heatmaps(5, 2)
-    stablehlo.write(tmp_path / "s", stablehlo.build(library, 2, library.parse_solver("dpm++:3")))
+@pytest.mark.parametrize(
+    ("solver", "changes"),
+    [("dpm++:3", {"candidates": "per_hypothesis"}), ("ddpm:2@4+cov", {"target": "edm"})],
+)
+def test_another_solver_and_another_model(tmp_path, solver, changes):
+    library = dataclasses.replace(small_model(**changes), errors=random_errors(1))
+    maps = random_heatmaps(5, 2)
+    stablehlo.write(tmp_path / "s", stablehlo.build(library, 2, library.parse_solver(solver)))
     poses_mm = example_of(tmp_path / "s").load(tmp_path / "s")(7, maps)
-    expected = library.sample(jax.random.key(7), maps, 2, solver="dpm++:3")
+    expected = library.sample(jax.random.key(7), maps, 2, solver=solver)
     np.testing.assert_allclose(poses_mm, expected, atol=0.1)
-    assert json.loads((tmp_path / "s" / "sampler.json").read_text())["solver"] == "dpm++:3"
+    assert json.loads((tmp_path / "s" / "sampler.json").read_text())["solver"] == solver
 
 
 def test_the_passes_are_those_of_the_platform_that_runs_it():

@@ -51,45 +51,41 @@ def batch(seed, shape):
 
 def test_each_time_scales_its_own_row():
     x_0, t, noise = batch(1, (2, 3, 48))
-    x_t = diffusion.q_sample(SCHEDULE, x_0, t, noise)
+    x_t = SCHEDULE.level(t).noised(x_0, noise)
     for i in np.ndindex(t.shape):
         a = SCHEDULE.alphas_cumprod[t[i]]
         expected = np.sqrt(a) * np.float64(x_0[i]) + np.sqrt(1 - a) * np.float64(noise[i])
         np.testing.assert_allclose(x_t[i], expected, atol=2e-6)
 
 
-def test_the_true_noise_gives_back_x_0():
-    x_0, _, noise = batch(2, (24, 48))
-    t = jnp.arange(24)  # not the last: there float32 keeps 2 digits of x_0
-    x_t = diffusion.q_sample(SCHEDULE, x_0, t, noise)
-    result = diffusion.predict_x_0(SCHEDULE, x_t, t, noise, clip=30.0)
-    np.testing.assert_allclose(result, x_0, atol=1e-4)
+def edm_target(level):
+    return diffusion.edm_target(level, jnp.full((1, 48), 3.0))
 
 
-def test_x_0_is_clipped():
-    t = jnp.full((3,), 24)
-    x_t = jnp.asarray([[1.0], [-1.0], [1e-3]])
-    result = diffusion.predict_x_0(SCHEDULE, x_t, t, jnp.zeros((3, 1)), clip=2.0)
-    np.testing.assert_allclose(result[:2], [[2.0], [-2.0]])
-    expected = 1e-3 / np.sqrt(SCHEDULE.alphas_cumprod[-1])
-    np.testing.assert_allclose(result[2], expected, rtol=1e-5)
+@pytest.mark.parametrize(("target", "times"), [(diffusion.noise_target, 24), (edm_target, 25)])
+def test_the_true_target_gives_back_x_0(target, times):
+    """Not at the last time for the noise: there float32 keeps 2 digits of x_0."""
+    x_0, _, noise = batch(2, (times, 48))
+    level = SCHEDULE.level(jnp.arange(times))
+    weights = target(level)
+    found = weights.of_x_0 * x_0 + weights.of_noise * noise
+    x_t = level.noised(x_0, noise)
+    np.testing.assert_allclose(weights.skip * x_t + weights.out * found, x_0, atol=1e-4)
+    if target is diffusion.noise_target:
+        np.testing.assert_array_equal(found, noise)
 
 
-def test_loss_is_the_mean_square_of_the_noise_s_error():
-    x_0, t, noise = batch(3, (6, 48))
-    seen = {}
-
-    def denoise(x_t, t):
-        seen["x_t"], seen["t"] = x_t, t
-        return 0.5 * x_t + t[..., None] / 10
-
-    loss = diffusion.noise_prediction_loss(denoise, SCHEDULE, x_0, t, noise)
-    np.testing.assert_array_equal(seen["t"], t)
-    np.testing.assert_array_equal(seen["x_t"], diffusion.q_sample(SCHEDULE, x_0, t, noise))
-    error = 0.5 * np.float64(seen["x_t"]) + np.asarray(t)[:, None] / 10 - np.float64(noise)
-    np.testing.assert_allclose(loss, np.mean(error**2), rtol=1e-5)
-    perfect = diffusion.noise_prediction_loss(lambda x_t, t: noise, SCHEDULE, x_0, t, noise)
-    assert perfect == 0
+def test_the_edm_target_is_karras_table_1():
+    """In their notation: sigma = s / a, D(x / a; sigma) = c_skip x / a + c_out F, and unit F."""
+    level = SCHEDULE.level(jnp.arange(25))
+    a, s = (np.float64(x) for x in (level.signal, level.noise))
+    sigma, data = s / a, 3.0
+    weights = edm_target(level)
+    spread = np.sqrt(sigma**2 + data**2)
+    np.testing.assert_allclose(weights.skip[:, :1], data**2 / spread**2 / a, rtol=1e-5)
+    np.testing.assert_allclose(weights.out[:, :1], sigma * data / spread, rtol=1e-5)
+    variance = (weights.of_x_0 * data) ** 2 + weights.of_noise**2
+    np.testing.assert_allclose(variance, 1, rtol=1e-5)
 
 
 def test_times_are_uniform_and_noise_is_standard_normal():

@@ -7,7 +7,8 @@ chain can be tested without training; then a denoiser is trained on draws and mu
 The 25-step chain has an error of its own: its steps' noise has the posterior variance for a
 known x_0, which is too small where x_0 is uncertain. Even with the exact noise its samples'
 standard deviation is 0.80 to 0.89 of that of the data here. For Gaussian data the chain is
-linear and the factor follows from a recursion, `chain_std`; it goes to 1 with the number of steps.
+linear and the factor follows from a recursion, `chain_std`; it goes to 1 with the number of steps,
+and with the measured errors of the prediction.
 """
 
 import functools
@@ -92,19 +93,36 @@ def check_samples(samples, mixture, weights, stds, weight_error, mean_error, std
         assert deviation.max() < 5 * np.sqrt(2) * standard_error + 2 * std_error
 
 
-def sample(key, denoise, projected, schedule, size, number):
-    """As the model samples: 2,000 hypotheses at a time."""
+def sample(key, x_0, schedule, size, number, solver="ddpm", errors=None):
+    """As the model samples: 2,000 hypotheses at a time; `x_0` predicts x_0."""
+    steps = sampling.parse_solver(schedule, solver, errors)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))
     def draw(key, index):
-        predict = x_0_of(schedule, lambda x_t, t: denoise(x_t, t, projected), CLIP)
-        return sampling.sample(
-            predict, sampling.parse_solver(schedule), jax.random.fold_in(key, index), size
-        )
+        return sampling.sample(x_0, steps, jax.random.fold_in(key, index), size)
 
     keys = jax.random.split(key, number // 2000)
     return np.concatenate([draw(key, jnp.arange(2000)) for key in keys])
+
+
+def measured(key, x_0, schedule, draws):
+    """The errors of a prediction of x_0 on draws of the data (n, N)."""
+
+    @jax.jit
+    def moments(key, t):
+        level = schedule.level(t[None])  # (1, 1), for all draws
+        x_t = level.noised(draws, jax.random.normal(key, draws.shape))
+        predicted = jax.vmap(x_0, in_axes=(0, None))(x_t, t)
+        e, r = draws - predicted, x_t - level.signal * predicted
+        return [a.T @ b / len(draws) for a, b in ((e, e), (e, r), (r, r))]
+
+    keys = jax.random.split(key, schedule.num_steps)
+    found = [moments(key, jnp.int32(t)) for t, key in enumerate(keys)]
+    mean, variance = jnp.mean(draws, axis=0), jnp.var(draws, axis=0)
+    return sampling.PredictionErrors(
+        *jax.device_get((mean, variance)), *map(np.stack, zip(*found, strict=True))
+    )
 
 
 @pytest.mark.parametrize("condition", [0, 1])
@@ -114,20 +132,43 @@ def sample(key, denoise, projected, schedule, size, number):
 def test_chain_with_the_exact_noise(condition, num_steps, model_errors):
     mixture, schedule = Mixture(seed=1, size=6), diffusion.cosine_schedule(num_steps)
     weights = WEIGHTS[condition]
-    samples = sample(
-        jax.random.key(condition),
-        lambda x_t, t, weights: mixture.noise(schedule, x_t, t, weights),
-        jnp.asarray(weights, jnp.float32),
-        schedule,
-        mixture.size,
-        10_000,
-    )
+    x_0 = exact_x_0(mixture, schedule, weights)
+    samples = sample(jax.random.key(condition), x_0, schedule, mixture.size, 10_000)
     stds = chain_std(schedule, mixture.stds)
     check_samples(samples, mixture, weights, stds, *model_errors)
 
 
+def exact_x_0(mixture, schedule, weights):
+    weights = jnp.asarray(weights, jnp.float32)
+    return x_0_of(schedule, lambda x_t, t: mixture.noise(schedule, x_t, t, weights), CLIP)
+
+
+@pytest.mark.parametrize("condition", [0, 1])
+@pytest.mark.parametrize(
+    ("solver", "model_errors"),
+    [("ddpm+cov", (0.005, 0.02, 0.02)), ("ddpm:4@20+cov", (0.01, 0.2, 0.1))],
+)
+def test_measured_errors_give_the_modes_their_width(condition, solver, model_errors):
+    """In 25 steps and nearly in 4, whose noise is Gaussian while it is open which mode it is."""
+    mixture, schedule = Mixture(seed=1, size=6), diffusion.cosine_schedule()
+    weights = WEIGHTS[condition]
+    x_0 = exact_x_0(mixture, schedule, weights)
+    draws = mixture.draw(jax.random.key(7), jnp.asarray(weights), 20_000)
+    errors = measured(jax.random.key(8), x_0, schedule, draws)
+    key = jax.random.key(condition)
+    samples = sample(key, x_0, schedule, mixture.size, 10_000, solver, errors)
+    check_samples(samples, mixture, weights, mixture.stds, *model_errors)
+
+
+def edm_target(level):
+    return diffusion.edm_target(
+        level, jnp.ones_like(level.signal)
+    )  # about the deviation of the data
+
+
 @pytest.mark.slow
-def test_trained_denoiser():
+@pytest.mark.parametrize("target", [diffusion.noise_target, edm_target])
+def test_trained_denoiser(target):
     mixture, schedule = Mixture(seed=2, size=6), diffusion.cosine_schedule()
     denoiser = Denoiser(pose_size=mixture.size, width=128, num_blocks=2)
     conditions = jnp.eye(2)
@@ -153,9 +194,10 @@ def test_trained_denoiser():
         x_0 = jnp.concatenate(draws)
         projected = jnp.repeat(project(params, conditions), batch_size // 2, axis=0)
         t, noise = diffusion.draw_time_and_noise(noise_key, schedule, x_0.shape)
-        return diffusion.noise_prediction_loss(
-            lambda x_t, t: denoise(params, x_t, t, projected), schedule, x_0, t, noise
-        )
+        level = schedule.level(t)
+        weights = target(level)
+        wanted = weights.of_x_0 * x_0 + weights.of_noise * noise
+        return jnp.mean((denoise(params, level.noised(x_0, noise), t, projected) - wanted) ** 2)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
 
@@ -169,14 +211,15 @@ def test_trained_denoiser():
     train = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys))
     (params, _), _ = train((params, optimizer.init(params)), keys)
 
-    stds = chain_std(schedule, mixture.stds)
     for condition, weights in enumerate(WEIGHTS):
-        samples = sample(
-            jax.random.key(5 + condition),
-            functools.partial(denoise, params),
-            project(params, conditions[condition]),
-            schedule,
-            mixture.size,
-            20_000,
-        )
-        check_samples(samples, mixture, weights, stds, 0.03, 0.1, 0.05)
+        projected = project(params, conditions[condition])
+        x_0 = x_0_of(schedule, lambda x_t, t, c=projected: denoise(params, x_t, t, c), CLIP, target)
+        draws = mixture.draw(jax.random.key(6), jnp.asarray(weights), 20_000)
+        errors = measured(jax.random.key(8), x_0, schedule, draws)
+        for solver, stds in (
+            ("ddpm", chain_std(schedule, mixture.stds)),
+            ("ddpm+cov", mixture.stds),
+        ):
+            key = jax.random.key(5 + condition)
+            samples = sample(key, x_0, schedule, mixture.size, 20_000, solver, errors)
+            check_samples(samples, mixture, weights, stds, 0.03, 0.1, 0.05)

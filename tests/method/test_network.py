@@ -14,6 +14,7 @@ from diffpose_jax.method import diffusion, heatmaps
 from diffpose_jax.method.pose_vector import pose_to_vector, vector_to_pose
 from diffpose_jax.skeleton import H36M_JOINTS
 
+EDM = {"target": "edm", "pose_scale": 7.0}
 TRUTH = np.load(GOLDEN / "metrics_case.npz")["gt_mm"]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -62,9 +63,10 @@ def test_parameters_of_the_paper_s_size():
     assert sizes == {"encoder": encoder, "denoiser": denoiser}
 
 
-def test_loss_has_one_condition_for_all_draws():
+@pytest.mark.parametrize("target", ["noise", "edm"])
+def test_loss_has_one_condition_for_all_draws(target):
     """Against the parts put together by hand."""
-    changes = {"encoder_dropout": 0.0, "joint_dropout": 0.0}
+    changes = {"encoder_dropout": 0.0, "joint_dropout": 0.0, "target": target}
     network, params = small_network(**changes), small_model(**changes).params
     x_0 = pose_to_vector(jnp.asarray(TRUTH[0]))
 
@@ -72,13 +74,36 @@ def test_loss_has_one_condition_for_all_draws():
         _, noise_key = jax.random.split(key)
         t, noise = diffusion.draw_time_and_noise(noise_key, network.schedule, (5, 48))
         condition = jnp.tile(network.condition(params, samples), (5, 1))
-        x_t = diffusion.q_sample(network.schedule, jnp.tile(x_0, (5, 1)), t, noise)
-        eps = network.predict_noise(params, x_t, t, network.project_condition(params, condition))
-        return jnp.mean((eps - noise) ** 2)
+        x_t = network.schedule.level(t).noised(jnp.tile(x_0, (5, 1)), noise)
+        found = network.predict(params, x_t, t, network.project_condition(params, condition))
+        if target == "noise":
+            return jnp.mean((found - noise) ** 2)
+        # What the best linear prediction of x_0 leaves to find, over its deviation.
+        mean, std = (params["moments"][name][None] for name in ("mean", "std"))
+        a = jnp.asarray(network.schedule.alphas_cumprod, jnp.float32)[t][:, None]
+        variance = a * std**2 + 1 - a
+        left = x_0[None] - mean - jnp.sqrt(a) * std**2 / variance * (x_t - jnp.sqrt(a) * mean)
+        return jnp.mean((found - left / (std * jnp.sqrt((1 - a) / variance))) ** 2)
 
     arguments = params, jax.random.key(3), random_samples(1), x_0
     loss = jax.jit(functools.partial(network.loss, num_draws=5))(*arguments)
     np.testing.assert_allclose(loss, jax.jit(by_hand)(*arguments), rtol=1e-5)
+
+
+def test_the_moments_of_the_training_poses_are_measured():
+    """Where the target needs them and the configuration does not say."""
+    edm, given, noise = (small_network(**changes) for changes in (EDM, EDM | {"data_std": 2.5}, {}))
+    vectors = np.float64(pose_to_vector(jnp.asarray(TRUTH), 7.0))
+    found = edm.with_moments({}, TRUTH)["moments"]
+    np.testing.assert_allclose(found["mean"], vectors.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found["std"], vectors.std(0), rtol=1e-5)
+    one_frame = edm.with_moments({}, TRUTH[:1])["moments"]
+    np.testing.assert_allclose(one_frame["std"], 1e-3)
+    params = given.init(jax.random.key(0))
+    assert given.with_moments(params, TRUTH) is params
+    np.testing.assert_array_equal(params["moments"]["mean"], np.zeros(48))
+    np.testing.assert_array_equal(params["moments"]["std"], np.full(48, 2.5))
+    assert noise.with_moments({}, TRUTH) == {}
 
 
 def test_loss_uses_dropout():
@@ -97,6 +122,7 @@ def test_fields_reach_their_modules():
         candidates="per_hypothesis", coordinates="standardised", include_argmax=False,
         likelihood="probability", likelihood_scaling=False, joint_dropout=0.5, pose_scale=7.0,
         schedule_offset=0.1, clip=3.0, num_candidates=9, denoiser_blocks=3, encoder_dropout=0.25,
+        target="edm", data_std=2.5,
     )  # fmt: skip
     assert network.candidates_per_hypothesis
     assert network.encoder.standardise
@@ -108,6 +134,7 @@ def test_fields_reach_their_modules():
     expected = diffusion.cosine_schedule(5, 0.1, 0.999).betas
     np.testing.assert_array_equal(network.schedule.betas, expected)
     assert (network.pose_scale, network.clip) == (7.0, 3.0)
+    assert (network.target, network.data_std) == ("edm", 2.5)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +146,7 @@ def test_16_bits_are_near_float32(dtype, low, high):
 
     def denoise(network, params):
         projected = network.project_condition(params, network.condition(params, random_samples(7)))
-        return network.predict_noise(params, x_t, t, projected[None])
+        return network.predict(params, x_t, t, projected[None])
 
     expected, result = (
         jax.jit(functools.partial(denoise, network))(exact.params)

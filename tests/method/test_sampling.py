@@ -99,7 +99,7 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first():
     "solver", ["", "euler", "ddpm:0", "ddpm:25", "ddim", "dpm++", "ddim:-3", "ddim:8.0", "ddim:x:3"]
 )
 def test_unknown_solvers_are_errors(solver):
-    with pytest.raises(ValueError, match="ddpm or ddim or dpm") as error:
+    with pytest.raises(ValueError, match="ddpm, ddim or dpm") as error:
         sampling.parse_solver(SCHEDULE, solver)
     assert repr(solver) in str(error.value)
     assert "1 to 24 steps" in str(error.value)
@@ -160,3 +160,128 @@ def test_the_smallest_difference_gives_another_key():
     one_hot[range(64), 0, 0, range(64)] = 1
     keys = key_bits(0, np.concatenate([variants, one_hot]))
     assert len(set(keys)) == len(keys)
+
+
+SOLVER_TIMES = {
+    "ddpm@23": list(range(24))[::-1],
+    "ddpm:4@24": [24, 18, 12, 6],
+    "ddpm:2@9+var": [9, 4],
+    "ddim:3@23": [23, 15, 7],
+    "ddpm+cov": list(range(25))[::-1],
+    "ddpm:4+cov": [23, 17, 11, 5],
+}
+
+
+@pytest.mark.parametrize(("solver", "times"), SOLVER_TIMES.items())
+def test_a_solver_says_where_it_begins(solver, times):
+    assert sampling.needs_errors(SCHEDULE, solver)
+    steps = sampling.parse_solver(SCHEDULE, solver, prediction_errors(gaussian(0, 3), 1.0))
+    assert steps.times.tolist() == times
+    assert (steps.start is None) == ("@" not in solver)
+    with pytest.raises(ValueError, match=r"prediction_errors\.npz.*experiments\.evaluate"):
+        sampling.parse_solver(SCHEDULE, solver)
+
+
+@pytest.mark.parametrize("solver", ["ddpm@25", "ddpm:11@9", "ddim@23", "ddim:3+cov", "ddpm+all"])
+def test_what_no_solver_can_do(solver):
+    with pytest.raises(ValueError, match=r"ddpm:4@24\+cov"):
+        sampling.needs_errors(SCHEDULE, solver)
+
+
+def gaussian(seed, size):
+    """A mean and a covariance with correlations of 0.9 and more."""
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(size, 1)) + 0.3 * rng.normal(size=(size, size))
+    return rng.normal(size=size), factor @ factor.T
+
+
+def linear_prediction(a, covariance, trust):
+    """P of the prediction x_0 = mean + P (x_t - a mean); the best one if `trust` is 1."""
+    size = len(covariance)
+    return trust * a * covariance @ np.linalg.inv(a**2 * covariance + (1 - a**2) * np.eye(size))
+
+
+def prediction_errors(data, trust):
+    """What a measurement on very many draws would find for it."""
+    mean, covariance = data
+    moments = []
+    for a in np.sqrt(SCHEDULE.alphas_cumprod):
+        P, identity = linear_prediction(a, covariance, trust), np.eye(len(mean))
+        # Both are linear in x_0 - mean and the noise.
+        of_x_0, of_noise = identity - a * P, -np.sqrt(1 - a**2) * P
+        r_x_0, r_noise = a * (identity - a * P), np.sqrt(1 - a**2) * (identity - a * P)
+        moments.append([
+            of_x_0 @ covariance @ of_x_0.T + of_noise @ of_noise.T,
+            of_x_0 @ covariance @ r_x_0.T + of_noise @ r_noise.T,
+            r_x_0 @ covariance @ r_x_0.T + r_noise @ r_noise.T,
+        ])  # fmt: skip
+    return sampling.PredictionErrors(mean, np.diag(covariance), *np.swapaxes(moments, 0, 1))
+
+
+def largest_covariance_error(solver, trust=1.0, size=6):
+    """Of the chain's result on Gaussian data, over the largest variance: in float64."""
+    data = gaussian(1, size)
+    covariance = data[1]
+    steps = sampling.parse_solver(SCHEDULE, solver, prediction_errors(data, trust))
+    identity = np.eye(size)
+
+    def matrix(weight):
+        return weight if weight.ndim == 2 else weight * identity
+
+    found = np.diag(steps.start[1] ** 2) if steps.start else identity
+    for i, t in enumerate(steps.times):
+        P = linear_prediction(np.sqrt(SCHEDULE.alphas_cumprod[t]), covariance, trust)
+        slope, noise = matrix(steps.x_t[i]) + matrix(steps.x_0[i]) @ P, matrix(steps.noise[i])
+        found = slope @ found @ slope.T + noise @ noise.T
+    return np.abs(found - covariance).max() / covariance.max()
+
+
+@pytest.fixture
+def exact_moments(monkeypatch):
+    monkeypatch.setattr(sampling, "_RIDGE", 0.0)
+    monkeypatch.setattr(sampling, "_SHRINKAGE", 0.0)
+
+
+@pytest.mark.parametrize("trust", [1.0, 0.7, 1.2])
+@pytest.mark.parametrize("steps", ["", ":4@24", ":2@24"])
+def test_measured_errors_make_any_number_of_steps_exact(exact_moments, steps, trust):
+    """For Gaussian data, also where the prediction trusts x_t too little or too much."""
+    assert largest_covariance_error(f"ddpm{steps}+cov", trust) < 1e-4
+    assert largest_covariance_error(f"ddpm{steps}" if steps == "" else "ddpm:4", trust) > 0.2
+
+
+def test_guards_against_few_frames_cost_little():
+    assert largest_covariance_error("ddpm:4@24+cov") < 0.05
+    assert largest_covariance_error("ddpm:4@24+cov", 0.7) < 0.05
+
+
+def test_variances_without_correlations_are_exact_for_independent_coordinates(exact_moments):
+    mean, covariance = gaussian(2, 5)
+    data = mean, np.diag(np.diag(covariance))
+    errors = prediction_errors(data, 0.8)
+    by_coordinate, whole = (
+        sampling.parse_solver(SCHEDULE, f"ddpm:3@24+{kind}", errors) for kind in ("var", "cov")
+    )
+    for name in ("x_t", "x_0"):
+        of_coordinates = np.asarray(getattr(by_coordinate, name))
+        np.testing.assert_allclose(
+            of_coordinates[:, None] * np.eye(5), getattr(whole, name), atol=1e-6
+        )
+    products = whole.noise @ np.swapaxes(whole.noise, 1, 2)
+    np.testing.assert_allclose(by_coordinate.noise[:, None] ** 2 * np.eye(5), products, atol=1e-6)
+
+
+def test_the_chain_does_what_its_table_says():
+    """Matrices, a start and noise in the last step: against the recursion written out."""
+    data = gaussian(3, 4)
+    steps = sampling.parse_solver(SCHEDULE, "ddpm:3@20+cov", prediction_errors(data, 0.8))
+    noise = np.random.default_rng(4).normal(size=(4, 4))
+
+    def denoise(x_t, t):
+        return 0.5 * x_t + t
+
+    x = np.sqrt(SCHEDULE.alphas_cumprod[20]) * data[0] + steps.start[1] * noise[0]
+    for i, t in enumerate(steps.times):
+        x = steps.x_t[i] @ x + steps.x_0[i] @ (0.5 * x + t) + steps.noise[i] @ noise[i + 1]
+    found = sampling.reverse_chain(denoise, steps, jnp.asarray(noise, jnp.float32))
+    np.testing.assert_allclose(found, x, rtol=1e-4)

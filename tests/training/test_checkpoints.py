@@ -1,5 +1,6 @@
 """Checkpoints: to go on from to the bit, to load, to give away, and the errors."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small import parsed, small_config
+from small import parsed, random_errors, small_config
 
 import diffpose_jax
 import experiments
+from diffpose_jax.config import ConfigError
+from diffpose_jax.io import arrays
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import network as network_lib
 from diffpose_jax.training import checkpoints
@@ -235,6 +238,58 @@ def test_an_export_is_the_model_is_small_and_overwrites_nothing(written, tmp_pat
     assert size < 4 * parameters + 50_000
     with pytest.raises(CheckpointError, match=r"export is there already"):
         diffpose_jax.export(model, tmp_path / "export")
+
+
+@pytest.fixture
+def with_errors(run_folder):
+    """A run, and the errors of its raw weights in its folder."""
+    errors = random_errors(1, num_steps=25)
+    checkpoints.write_errors(run_folder, errors, states()[2].params)
+    return run_folder, errors
+
+
+def test_prediction_errors_are_of_the_weights_they_were_measured_on(with_errors):
+    run, errors = with_errors
+    for folder in (run, run / "checkpoints", run / "checkpoints" / "20"):
+        assert_same_bits(checkpoints.load(folder).errors, errors)
+    assert checkpoints.load(run, "ema").errors is None
+    assert checkpoints.load(run / "checkpoints" / "10").errors is None
+    checkpoints.write_errors(run, errors, states()[2].ema)
+    assert checkpoints.load(run).errors is None
+    assert_same_bits(checkpoints.load(run, "ema").errors, errors)
+
+
+def test_a_solver_that_needs_errors(with_errors, tmp_path):
+    """From a run's folder and from an export, which carries them."""
+    run, _ = with_errors
+    diffpose_jax.export(diffpose_jax.load(run), tmp_path / "export")
+    for folder in (run, tmp_path / "export"):
+        assert diffpose_jax.load(folder).parse_solver("ddpm:4@24+cov").noise.shape == (4, 48, 48)
+    (run / "prediction_errors.npz").unlink()
+    message = r"ddpm:4@24\+cov needs .*prediction_errors\.npz.*experiments\.evaluate"
+    with pytest.raises(ConfigError, match=message):
+        diffpose_jax.load(run).sample(KEY, np.zeros((1, 16, 64, 64)), 2, "ddpm:4@24+cov")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": np.zeros(47, np.float32)}, r"mean is \(47,\), not \(48,\)"),
+        ({"cross": np.zeros((24, 48, 48), np.float32)}, r"cross is \(24, 48, 48\), not \(25"),
+        ({"variance": np.full(48, np.nan, np.float32)}, "not finite"),
+        ({}, "is not a .npy or .npz file of numbers, or is damaged"),
+    ],
+)
+def test_damaged_errors(with_errors, changes, message):
+    run, errors = with_errors
+    path = run / "prediction_errors.npz"
+    arrays.write_tree(path, dataclasses.asdict(errors) | changes, {})
+    if not changes:
+        path.write_bytes(flip_a_bit(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as error:
+        diffpose_jax.load(run)
+    assert str(path) in str(error.value)
+    assert "remove it" in str(error.value)
 
 
 def largest_file(folder):

@@ -182,6 +182,22 @@ def test_ema(trainer, step):
             np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-7)
 
 
+def test_the_moments_of_the_data_are_not_trained():
+    """Those of the poses that the state began with, to the bit, also in the moving average."""
+    changes = {"target": "edm", "joint_dropout": 0.0, "encoder_layers": 0}
+    trainer = make_trainer(changes, ema_decay=0.9, learning_rate=0.1)
+    batch = candidate_batch(11, BATCH_SIZE)
+    start = trainer.init(jax.random.key(0), batch.pose_mm)
+    assert 2 < np.mean(start.params["moments"]["std"]) < 4  # of 300 mm, in decimetres
+    state, step = start, jitted(trainer)
+    for _ in range(2):
+        state, _ = step(state, KEY, batch)
+    for of in (state.params, state.ema):
+        chex.assert_trees_all_equal(of["moments"], start.params["moments"])
+    before, after = (of.params["denoiser"]["input"]["bias"] for of in (start, state))
+    assert jnp.abs(after - before).max() > 0.1
+
+
 @pytest.fixture(scope="module")
 def half():
     """Without dropout or transformer, in float16 and in float32."""
