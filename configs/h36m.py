@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.num_candidates = 32  # S per joint, the argmax counted in
     model.include_argmax = True  # Table 4 has the ablation
     model.candidates = "per_image"  # or "per_hypothesis": new ones for each (program)
+    model.candidate_sets = 1  # of each image, which its hypotheses take in turn
     # "image": heatmap coordinates in [-1, 1) (program). "standardised", mean-centred and divided
     # by the standard deviation, is what Sec. 4.2 says, but leaves the channel embedding's range.
     model.coordinates = "image"

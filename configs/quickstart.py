@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0
 
     model = config.model
+    model.candidate_sets = 32
     model.target = "edm"
     model.joint_dropout = 0.03
     model.encoder_layers = 1

@@ -60,12 +60,14 @@ class ModelConfig:
     matmul_dtype: str
     target: str = "noise"
     data_std: float = 0.0
+    candidate_sets: int = 1
 
     def __post_init__(self) -> None:
         # Bounded above, too: a checkpoint may come from anyone, and its networks are built first.
         check_range(
             self,
             num_candidates=(1, 4096),
+            candidate_sets=(1, 65_536),
             num_kernels=(2, 4096),
             joint_dropout=(0, 0.99),
             encoder_layers=(0, 100),

@@ -55,7 +55,7 @@ def test_the_key_and_the_heatmaps_decide_not_the_batch(changes):
     np.testing.assert_allclose(
         sample(key, maps[[2, 0, 1]]), poses_mm[jnp.array([2, 0, 1])], atol=0.1
     )
-    if changes:  # more hypotheses keep the first ones
+    if changes == PER_HYPOTHESIS:  # more hypotheses keep the first ones
         np.testing.assert_allclose(sample(key, maps, 7), poses_mm[:, :7], atol=0.1)
     else:
         np.testing.assert_allclose(sample(key, maps[1:2]), poses_mm[1:2], atol=0.1)
@@ -87,7 +87,9 @@ def x_0_by_hand(model, x, t, found):
     return best_linear + std * np.sqrt(1 - a) / np.sqrt(variance) * found
 
 
-@pytest.mark.parametrize("changes", [{}, PER_HYPOTHESIS, {"target": "edm"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, PER_HYPOTHESIS, {"target": "edm"}, {"candidate_sets": 3}], ids=str
+)
 def test_the_fast_way_is_the_plain_one(changes):
     """To 1e-5 of the deviation: one hypothesis after the other, one step after the other.
 
@@ -98,14 +100,15 @@ def test_the_fast_way_is_the_plain_one(changes):
     drawn = small.draw(key, maps, number)
     np.testing.assert_allclose(small.sample(key, maps, number), drawn.poses_mm, atol=0.1)
     schedule, fast = network.schedule, np.float64(drawn.poses_mm)
-    predict, has_own = jax.jit(network.predict), changes == PER_HYPOTHESIS
+    predict, sets = jax.jit(network.predict), changes.get("candidate_sets", 1)
+    sets = number if changes == PER_HYPOTHESIS else sets
     plain = np.zeros_like(fast)
     for image, image_key in enumerate(sampling.image_keys(key, maps)):
         candidate_key, noise_key = jax.random.split(image_key)
         for m in range(number):
-            own = jax.random.fold_in(candidate_key, m) if has_own else candidate_key
+            own = jax.random.fold_in(candidate_key, m % sets) if sets > 1 else candidate_key
             candidates = network.encoder_input(own, maps[image])
-            place = (image, m) if has_own else (image,)
+            place = (image, m) if sets > 1 else (image,)
             chex.assert_trees_all_equal(
                 candidates, jax.tree.map(lambda x, at=place: x[at], drawn.candidates)
             )
@@ -116,7 +119,8 @@ def test_the_fast_way_is_the_plain_one(changes):
             )
             x = np.float64(noise[0])
             for i, t in enumerate(reversed(range(schedule.num_steps))):
-                found = np.float64(predict(params, jnp.float32(x), jnp.int32(t), projected))
+                time = network.time_input(jnp.int32(t), schedule.level(jnp.int32(t)))
+                found = np.float64(predict(params, jnp.float32(x), time, projected))
                 x_0 = np.clip(x_0_by_hand(small, x, t, found), -network.clip, network.clip)
                 x = schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x
                 x = x + np.sqrt(schedule.posterior_variance[t]) * np.float64(noise[i + 1])
@@ -209,7 +213,7 @@ def test_the_density_is_the_mean_of_those_under_sets_of_candidates():
 
         def predict(x_t, t, level):
             target, mean = network.target_at(params, level)
-            found = network.predict(params, x_t, t, projected)
+            found = network.predict(params, x_t, network.time_input(t, level), projected)
             return mean + target.skip * (x_t - level.signal * mean) + target.out * found
 
         y = pose_to_vector(pose_mm) @ jnp.asarray(basis, jnp.float32)

@@ -42,8 +42,8 @@ class Draw:
 
     Attributes:
       poses_mm: hip-centred camera axes with y up, Human3.6M joint order.
-      candidates: those of each image, (B, S, J), or (B, M, S, J) where each hypothesis draws its
-        own; None if the encoder reads the heatmaps themselves.
+      candidates: those of each image, (B, S, J), or (B, M, S, J) where hypotheses have different
+        ones; None if the encoder reads the heatmaps themselves.
     """
 
     poses_mm: Float[AnyArray, "*B M 17 3"]
@@ -67,7 +67,8 @@ class DiffPose:
       target: what the denoiser predicts, "noise" or "edm".
       data_std: deviation of the pose vectors for "edm"; 0 if it is to be measured.
       candidates_per_hypothesis: whether each hypothesis draws candidates of its own, and so
-        has a condition of its own, or the hypotheses of an image share one.
+        has a condition of its own, or the hypotheses of an image share some.
+      candidate_sets: how many sets of candidates they share, each one in turn.
     """
 
     encoder: Encoder
@@ -79,6 +80,7 @@ class DiffPose:
     target: str
     data_std: float
     candidates_per_hypothesis: bool
+    candidate_sets: int
 
     @property
     def matmul_dtype(self) -> DTypeLike:
@@ -348,8 +350,16 @@ class DiffPose:
             projected = self.project_condition(params, self.condition(params, read))
             return projected, read if isinstance(read, Candidates) else None
 
+        sets = min(self.candidate_sets, num_hypotheses)
         if not self.candidates_per_hypothesis:
-            of_images, candidates = jax.vmap(condition)(candidate_keys, heatmaps)
+            # A single set has the image's own key.
+            of_set = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+            set_keys = candidate_keys[:, None]
+            if self.candidate_sets > 1:
+                set_keys = of_set(candidate_keys, jnp.arange(sets))
+            of_sets, candidates = jax.vmap(jax.vmap(condition, (0, None)))(set_keys, heatmaps)
+            which = 0 if self.candidate_sets == 1 else jnp.arange(num_hypotheses) % sets
+            candidates = jax.tree.map(lambda x: x[:, which], candidates)
 
         def hypothesis(index: Array) -> tuple[Array, Candidates | None]:
             image, m = index // num_hypotheses, index % num_hypotheses
@@ -357,7 +367,7 @@ class DiffPose:
                 own_key = jax.random.fold_in(candidate_keys[image], m)
                 projected, own = condition(own_key, heatmaps[image])
             else:
-                projected, own = of_images[image], None
+                projected, own = of_sets[image, m % sets], None
             noise_key = jax.random.fold_in(noise_keys[image], m)
             return sampling.sample(self.denoise(params, projected), steps, noise_key), own
 
@@ -420,4 +430,5 @@ def build(config: ModelConfig) -> DiffPose:
         target=config.target,
         data_std=config.data_std,
         candidates_per_hypothesis=config.candidates == "per_hypothesis",
+        candidate_sets=config.candidate_sets,
     )

@@ -75,12 +75,15 @@ def test_loss_has_one_condition_for_all_draws(target):
         t, noise = diffusion.draw_time_and_noise(noise_key, network.schedule, (5, 48))
         condition = jnp.tile(network.condition(params, samples), (5, 1))
         x_t = network.schedule.level(t).noised(jnp.tile(x_0, (5, 1)), noise)
-        found = network.predict(params, x_t, t, network.project_condition(params, condition))
+        share = jnp.asarray(network.schedule.alphas_cumprod, jnp.float32)[t]
+        time = t if target == "noise" else 0.25 * jnp.log((1 - share) / share)
+        projected = network.project_condition(params, condition)
+        found = network.predict(params, x_t, time, projected)
         if target == "noise":
             return jnp.mean((found - noise) ** 2)
         # What the best linear prediction of x_0 leaves to find, over its deviation.
         mean, std = (params["moments"][name][None] for name in ("mean", "std"))
-        a = jnp.asarray(network.schedule.alphas_cumprod, jnp.float32)[t][:, None]
+        a = share[:, None]
         variance = a * std**2 + 1 - a
         left = x_0[None] - mean - jnp.sqrt(a) * std**2 / variance * (x_t - jnp.sqrt(a) * mean)
         return jnp.mean((found - left / (std * jnp.sqrt((1 - a) / variance))) ** 2)
