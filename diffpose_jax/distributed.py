@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Integer, PyTree, Shaped
 
 from diffpose_jax.config import ConfigError
 
@@ -282,6 +282,37 @@ def _pmapped(devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
 
 def _call(function: Any, static: Any, shared: Any, batch: Any, num_images: Any) -> Any:
     return function(*static, *shared, batch, num_images)
+
+
+def in_passes(
+    function: Callable[[Integer[Array, " P"]], Any], size: Any, count: Any, per_pass: int
+) -> Any:
+    """Computes a function of many indices in passes of equally many, in bounded memory.
+
+    Args:
+      function: indices (P,) -> pytree of rows (P, ...), each a function of its index alone.
+      size: R, how many rows there are; in an export it may be a symbol.
+      count: how many are wanted: the first ones. It may be traced, passes beyond it are not run.
+      per_pass: P.
+
+    Returns:
+      The rows (R, ...); what lies beyond the last pass is 0.
+    """
+    per_pass = jax.core.min_dim(per_pass, size)
+    rows = jax.eval_shape(function, jax.ShapeDtypeStruct((per_pass,), jnp.int32))
+
+    def one_pass(i: Array, out: Any) -> Any:
+        # The last pass begins early instead of running over: it computes some rows again.
+        start = jnp.minimum(i * per_pass, size - per_pass)
+        made = function(start + jnp.arange(per_pass, dtype=jnp.int32))
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice(x, new, (start, *[0] * (x.ndim - 1))),
+            out,
+            made,
+        )
+
+    out = jax.tree.map(lambda row: jnp.zeros((size, *row.shape[1:]), row.dtype), rows)
+    return jax.lax.fori_loop(0, -(-count // per_pass), one_pass, out)
 
 
 def max_over_processes(number: int) -> int:

@@ -271,3 +271,29 @@ def test_a_process_ends_and_one_process_goes_on(workplace, run, process, number)
     assert 16 <= saved < 60
     workplace.run("train", *training)
     assert_same_but_rounding(run, workdir)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "per_pass", "passes"),
+    [(12, 12, 4, 3), (12, 12, 5, 3), (12, 5, 5, 1), (12, 6, 5, 2), (3, 3, 10, 1), (12, 0, 4, 0)],
+)
+def test_rows_in_passes_are_the_rows(size, count, per_pass, passes):
+    """All rows that are wanted, and no pass more than they take."""
+    seen = []
+
+    def function(indices):
+        jax.debug.callback(lambda i: seen.append(np.asarray(i).tolist()), indices, ordered=True)
+        return jnp.stack([indices, indices**2], axis=1) + 1
+
+    def run(count):
+        return distributed.in_passes(function, size, count, per_pass)
+
+    for call in (run, jax.jit(run)):  # the count known and traced
+        rows = call(count)
+        jax.effects_barrier()
+        expected = np.arange(count)
+        np.testing.assert_array_equal(rows[:count], np.c_[expected, expected**2] + 1)
+        assert rows.shape == (size, 2)
+        assert len(seen) == passes
+        assert all(len(indices) == min(per_pass, size) for indices in seen)
+        seen.clear()

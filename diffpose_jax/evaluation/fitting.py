@@ -28,12 +28,16 @@ from diffpose_jax.evaluation.calibration import Calibration
 from diffpose_jax.evaluation.evaluate import regression_inputs
 from diffpose_jax.inference import Model
 from diffpose_jax.io.trees import check_sum
-from diffpose_jax.method.pose_vector import POSE_SIZE, moments
+from diffpose_jax.method.heatmaps import AnyArray
+from diffpose_jax.method.network import DiffPose, Params
+from diffpose_jax.method.pose_vector import POSE_SIZE, moments, pose_to_vector
 from diffpose_jax.method.sampling import PredictionErrors
 from diffpose_jax.training import checkpoints
 
 BASELINES = "baselines.npz"
 """The file in a run's folder with the baselines."""
+
+_NOISES = 4  # drawn for each image and t where prediction errors are measured
 
 TrainingSplit = Callable[[], tuple[Examples, Examples | None]]
 """Reads what the model was trained on, and the recordings that were held out for calibration."""
@@ -127,9 +131,40 @@ def measure_errors(
         is_counted = np.arange(size) < len(rows) - start
         maps, poses_mm = held_out.heatmaps(chosen), np.float32(held_out.pose_mm[chosen])
         key, batch_key = jax.random.split(key)
-        found = network.error_products(model.params, batch_key, maps, poses_mm, is_counted)
+        found = _error_products(network, model.params, batch_key, maps, poses_mm, is_counted)
         totals += np.stack([np.asarray(products) for products in found])
     return list((totals / len(rows)).astype(np.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _error_products(
+    network: DiffPose,
+    params: Params,
+    key: Key[Array, ""],
+    heatmaps: Float[AnyArray, "B J H W"],
+    poses_mm: Float[AnyArray, "B 17 3"],
+    is_counted: Bool[AnyArray, " B"],
+) -> tuple[Float[Array, "T 48 48"], Float[Array, "T 48 48"], Float[Array, "T 48 48"]]:
+    """Sums of e e^T, e r^T and r r^T over the images that count, each the mean of some noises."""
+    times = jnp.tile(jnp.arange(network.schedule.num_steps), (_NOISES, 1))
+    level = network.schedule.level(times)
+
+    def errors(key: Array, heatmaps: Array, pose_mm: Array) -> tuple[Array, Array]:
+        candidate_key, noise_key = jax.random.split(key)
+        condition = network.condition(params, network.encoder_input(candidate_key, heatmaps))
+        denoise = network.denoise(params, network.project_condition(params, condition))
+        x_0 = pose_to_vector(pose_mm, network.pose_scale)[None, None]
+        x_t = level.noised(x_0, jax.random.normal(noise_key, (*times.shape, POSE_SIZE)))
+        predicted = jax.vmap(jax.vmap(denoise))(x_t, times)
+        return x_0 - predicted, x_t - level.signal * predicted
+
+    keys = jax.random.split(key, len(poses_mm))
+    e, r = jax.vmap(errors)(keys, jnp.asarray(heatmaps), jnp.asarray(poses_mm))
+    share = jnp.asarray(is_counted) / _NOISES
+    products = functools.partial(
+        jnp.einsum, "b,bdti,bdtj->tij", share, precision="highest", optimize="optimal"
+    )
+    return products(e, e), products(e, r), products(r, r)
 
 
 def radius_calibration(

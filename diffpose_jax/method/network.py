@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Integer, Key, Real
+from jaxtyping import Float, Integer, Key, Real
 
+from diffpose_jax import distributed
 from diffpose_jax.config import ModelConfig
 from diffpose_jax.method import diffusion, likelihood, sampling
 from diffpose_jax.method.ablation_encoders import CandidateVector, HeatmapResNet
@@ -234,6 +235,14 @@ class DiffPose:
 
         return x_0
 
+    def _draw_condition(
+        self, params: Params, key: Array, heatmaps: Array
+    ) -> tuple[Array, Candidates | None]:
+        """A projected condition of one image, with the candidates that it is of."""
+        read = self.encoder_input(key, heatmaps)
+        projected = self.project_condition(params, self.condition(params, read))
+        return projected, read if isinstance(read, Candidates) else None
+
     @functools.partial(jax.jit, static_argnames=("self", "num_candidate_sets"))
     def log_prob(
         self,
@@ -251,18 +260,12 @@ class DiffPose:
         coordinates = vectors @ jnp.asarray(basis, vectors.dtype)
         keys = jax.vmap(jax.random.split)(sampling.image_keys(key, heatmaps))[:, 0]
 
-        def condition(key: Array, heatmaps: Array) -> Array:
-            read = self.encoder_input(key, heatmaps)
-            return self.project_condition(params, self.condition(params, read))
-
-        of_set = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        conditions = jax.vmap(jax.vmap(condition, (0, None)))(
-            of_set(keys, jnp.arange(sets)), heatmaps
-        ).reshape(batch * sets, -1)
+        of_sets = jax.vmap(jax.vmap(functools.partial(self._draw_condition, params), (0, None)))
+        conditions, _ = of_sets(_keys_of_sets(keys, sets), heatmaps)
 
         def log_density(index: Array) -> Array:
             pose, candidate_set = index // sets, index % sets
-            projected = conditions[(pose // number) * sets + candidate_set]
+            projected = conditions[pose // number, candidate_set]
 
             def predict(x_t: Array, t: Array, level: diffusion.NoiseLevel) -> Array:
                 return self.predict_x_0(params, x_t, t, level, projected)
@@ -270,51 +273,11 @@ class DiffPose:
             return likelihood.log_density(predict, self.schedule, coordinates[pose], basis)
 
         of_image = number * sets
-        found = sampling.in_passes(
+        found = distributed.in_passes(
             jax.vmap(log_density), batch * of_image, num_images * of_image, _POSES_PER_PASS
         )
         per_pose = jax.nn.logsumexp(found.reshape(batch, number, sets), axis=-1) - np.log(sets)
         return per_pose + basis.shape[1] * np.log(self.pose_scale / 10.0)
-
-    @functools.partial(jax.jit, static_argnames=("self", "num_draws"))
-    def error_products(
-        self,
-        params: Params,
-        key: Key[Array, ""],
-        heatmaps: Float[AnyArray, "B J H W"],
-        poses_mm: Float[AnyArray, "B 17 3"],
-        is_counted: Bool[AnyArray, " B"],
-        num_draws: int = 4,
-    ) -> tuple[Float[Array, "T 48 48"], Float[Array, "T 48 48"], Float[Array, "T 48 48"]]:
-        """Sums over images of e e^T, e r^T and r r^T, see `sampling.PredictionErrors`.
-
-        Args:
-          params: parameters.
-          key: a random key.
-          heatmaps: finite, float32.
-          poses_mm: the truth.
-          is_counted: which images count.
-          num_draws: noises drawn for each image and t, over which the products are means.
-        """
-        times = jnp.tile(jnp.arange(self.schedule.num_steps), (num_draws, 1))
-        level = self.schedule.level(times)
-
-        def errors(key: Array, heatmaps: Array, pose_mm: Array) -> tuple[Array, Array]:
-            candidate_key, noise_key = jax.random.split(key)
-            condition = self.condition(params, self.encoder_input(candidate_key, heatmaps))
-            denoise = self.denoise(params, self.project_condition(params, condition))
-            x_0 = pose_to_vector(pose_mm, self.pose_scale)[None, None]
-            x_t = level.noised(x_0, jax.random.normal(noise_key, (*times.shape, POSE_SIZE)))
-            predicted = jax.vmap(jax.vmap(denoise))(x_t, times)
-            return x_0 - predicted, x_t - level.signal * predicted
-
-        keys = jax.random.split(key, len(poses_mm))
-        e, r = jax.vmap(errors)(keys, jnp.asarray(heatmaps), jnp.asarray(poses_mm))
-        share = jnp.asarray(is_counted) / num_draws
-        products = functools.partial(
-            jnp.einsum, "b,bdti,bdtj->tij", share, precision="highest", optimize="optimal"
-        )
-        return products(e, e), products(e, r), products(r, r)
 
     @functools.partial(jax.jit, static_argnames=("self", "num_hypotheses"))
     def draw(
@@ -345,20 +308,14 @@ class DiffPose:
         keys = sampling.image_keys(key, heatmaps)
         candidate_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
 
-        def condition(key: Array, heatmaps: Array) -> tuple[Array, Candidates | None]:
-            read = self.encoder_input(key, heatmaps)
-            projected = self.project_condition(params, self.condition(params, read))
-            return projected, read if isinstance(read, Candidates) else None
-
+        condition = functools.partial(self._draw_condition, params)
         sets = min(self.candidate_sets, num_hypotheses)
         if not self.candidates_per_hypothesis:
             # A single set has the image's own key.
-            of_set = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-            set_keys = candidate_keys[:, None]
-            if self.candidate_sets > 1:
-                set_keys = of_set(candidate_keys, jnp.arange(sets))
+            is_one = self.candidate_sets == 1
+            set_keys = candidate_keys[:, None] if is_one else _keys_of_sets(candidate_keys, sets)
             of_sets, candidates = jax.vmap(jax.vmap(condition, (0, None)))(set_keys, heatmaps)
-            which = 0 if self.candidate_sets == 1 else jnp.arange(num_hypotheses) % sets
+            which = 0 if is_one else jnp.arange(num_hypotheses) % sets
             candidates = jax.tree.map(lambda x: x[:, which], candidates)
 
         def hypothesis(index: Array) -> tuple[Array, Candidates | None]:
@@ -372,7 +329,7 @@ class DiffPose:
             return sampling.sample(self.denoise(params, projected), steps, noise_key), own
 
         draw = functools.partial(
-            sampling.in_passes,
+            distributed.in_passes,
             jax.vmap(hypothesis),
             batch * num_hypotheses,
             num_images * num_hypotheses,
@@ -387,6 +344,10 @@ class DiffPose:
         vectors, own = jax.tree.map(lambda x: x.reshape(batch, num_hypotheses, *x.shape[1:]), made)
         poses_mm = vector_to_pose(vectors, self.pose_scale)
         return Draw(poses_mm, own if self.candidates_per_hypothesis else candidates)
+
+
+def _keys_of_sets(keys: Key[Array, " B"], number: int) -> Key[Array, "B K"]:
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(number))
 
 
 def build(config: ModelConfig) -> DiffPose:

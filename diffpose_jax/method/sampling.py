@@ -28,17 +28,14 @@ Denoise = Callable[[Array, Array], Array]
 
 @flax.struct.dataclass
 class PredictionErrors:
-    """What is known of the data and of a network's prediction of x_0, float32, for the solvers.
-
-    Second moments at each t, on data held out of the training, of the error e = x_0 - prediction
-    and of the residual r = x_t - sqrt(alpha-bar) prediction. The best prediction would leave no
-    correlation of the two.
+    """Moments of the training data, and of a network's errors on data held out of the training.
 
     Attributes:
-      mean: of the training data, by coordinate.
+      mean: of the data, by coordinate.
       variance: likewise.
-      error: E[e e^T].
-      cross: E[e r^T].
+      error: E[e e^T] of e = x_0 - prediction, at each t.
+      cross: E[e r^T] with the residual r = x_t - sqrt(alpha-bar) prediction; 0 for the best
+        prediction.
       residual: E[r r^T].
     """
 
@@ -50,7 +47,7 @@ class PredictionErrors:
 
 
 Weights = Float[Array | np.ndarray, "*S"] | Float[Array | np.ndarray, "*S_and_N"]
-"""Of each of S steps a number, a number for each coordinate, or a matrix."""
+"""Of each of S steps a number, or a matrix (S, N, N)."""
 
 
 @flax.struct.dataclass
@@ -199,17 +196,11 @@ def _corrected(
     variance: Float[np.ndarray, " S"],
     errors: PredictionErrors,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of x_t, x_0 and noise that make use of the errors: "var" (S, N), "cov" (S, N, N)."""
+    """Weights (S, N, N) of x_t, x_0 and noise that make use of the errors."""
     moments = (errors.error, errors.cross, errors.residual)
     error, cross, residual = (moment[times].astype(np.float64) for moment in moments)
     if measured == "var":
-        error, cross, residual = (
-            np.diagonal(moment, axis1=1, axis2=2) for moment in (error, cross, residual)
-        )
-        signal, x_t, x_0, variance = (w[:, None] for w in (signal, x_t, x_0, variance))
-        gain = cross / residual
-        left = error - gain * cross
-        return x_t + x_0 * gain, x_0 * (1.0 - signal * gain), np.sqrt(variance + x_0**2 * left)
+        error, cross, residual = (x * np.eye(x.shape[1]) for x in (error, cross, residual))
     signal, x_t, x_0, variance = (w[:, None, None] for w in (signal, x_t, x_0, variance))
     identity = np.eye(error.shape[1])
     ridge = _RIDGE * np.mean(np.diagonal(residual, axis1=1, axis2=2), axis=1)[:, None, None]
@@ -274,37 +265,6 @@ def sample(
     """
     num_draws = 1 + (0 if steps.noise is None else len(steps))
     return reverse_chain(denoise, steps, jax.random.normal(key, (num_draws, size)))
-
-
-def in_passes(
-    function: Callable[[Integer[Array, " P"]], Any], size: Any, count: Any, per_pass: int
-) -> Any:
-    """Computes a function of many indices in passes of equally many, in bounded memory.
-
-    Args:
-      function: indices (P,) -> pytree of rows (P, ...), each a function of its index alone.
-      size: R, how many rows there are; in an export it may be a symbol.
-      count: how many are wanted: the first ones. It may be traced, passes beyond it are not run.
-      per_pass: P.
-
-    Returns:
-      The rows (R, ...); what lies beyond the last pass is 0.
-    """
-    per_pass = jax.core.min_dim(per_pass, size)
-    rows = jax.eval_shape(function, jax.ShapeDtypeStruct((per_pass,), jnp.int32))
-
-    def one_pass(i: Array, out: Any) -> Any:
-        # The last pass begins early instead of running over: it computes some rows again.
-        start = jnp.minimum(i * per_pass, size - per_pass)
-        made = function(start + jnp.arange(per_pass, dtype=jnp.int32))
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice(x, new, (start, *[0] * (x.ndim - 1))),
-            out,
-            made,
-        )
-
-    out = jax.tree.map(lambda row: jnp.zeros((size, *row.shape[1:]), row.dtype), rows)
-    return jax.lax.fori_loop(0, -(-count // per_pass), one_pass, out)
 
 
 def image_keys(key: Key[Array, ""], heatmaps: Float[Array, "B ..."]) -> Key[Array, " B"]:
