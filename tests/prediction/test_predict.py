@@ -132,7 +132,8 @@ def test_contents():
     assert set(shapes) - set(arrays) == {"crop_corner_px", "crop_side_px", "joints_2d_px"}
 
 
-DEFAULTS = dict.fromkeys(("image", "heatmaps", "lsp", "data_dir", "detector")) | {"box": []}
+DEFAULTS = dict.fromkeys(("image", "heatmaps", "lsp", "data_dir", "detector", "solver"))
+DEFAULTS |= {"box": []}
 DEFAULTS |= {"checkpoint": "small", "num_hypotheses": 5, "pose": "heatmap_agreement", "seed": 0}
 
 
@@ -215,12 +216,13 @@ def test_heatmaps_of_several_with_an_export_and_its_calibration(command, tmp_pat
     maps = np.concatenate([np.zeros((1, 16, 64, 64), np.float32), random_heatmaps(3, 1)])
     np.save(tmp_path / "maps.npy", maps)
     given = {"heatmaps": tmp_path / "maps.npy", "checkpoint": tmp_path / "export", "seed": 4}
+    given["solver"] = "ddpm:2"
     with pytest.raises(SystemExit, match="1 of 2 gave no poses"):
         command(**given, pose="mean")
     (output,) = (tmp_path / "out").iterdir()
     assert output.name == "heatmaps_0001"
     arrays = written(output)
-    expected = small_model().sample(jax.random.key(4), maps[1:], 5)[0]
+    expected = small_model().sample(jax.random.key(4), maps[1:], 5, "ddpm:2")[0]
     np.testing.assert_array_equal(arrays["poses_mm"], expected)
     assert arrays["radius_calibrated"]
     assert "error: maps.npy, 0: nobody is in these heatmaps" in capsys.readouterr().err
