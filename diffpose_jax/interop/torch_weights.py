@@ -189,10 +189,12 @@ def to_torch(params: Mapping[str, Any], schedule: Schedule) -> dict[str, np.ndar
     Its loading is strict: what it has but never calls, BatchNorm and `conf_out`, is made neutral.
 
     Raises:
-      WeightsError: if they are of an encoder that the published program does not have.
+      WeightsError: if they are of an encoder or a target that the published program lacks.
     """
     leaves = traverse_util.flatten_dict(params)
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+    if "moments" in params:
+        raise WeightsError('the published program predicts the noise: not the target "edm"')
     if _JOINTS not in flat:
         raise WeightsError('the published program has no other encoder than the "embedding"')
     flat[_INPUT] = np.concatenate([flat[_INPUT], flat.pop(_CONDITION)])

@@ -99,6 +99,12 @@ def test_schedule_buffers_are_the_published_programs():
         np.testing.assert_allclose(values, expected[name], rtol=5e-5, err_msg=name)
 
 
+def test_another_target_is_refused():
+    network = deep_network(target="edm")
+    with pytest.raises(WeightsError, match='not the target "edm"'):
+        to_torch(network, random_params(network, 0))
+
+
 def test_the_schedule_of_the_weights_is_checked():
     schedule = diffusion.cosine_schedule(25, 0.008, 0.999)
     torch_weights.check_schedule(torch_weights.schedule_buffers(schedule), schedule)
