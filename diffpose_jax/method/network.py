@@ -391,5 +391,5 @@ def build(config: ModelConfig) -> DiffPose:
         target=config.target,
         data_std=config.data_std,
         candidates_per_hypothesis=config.candidates == "per_hypothesis",
-        candidate_sets=config.candidate_sets,
+        candidate_sets=1 if config.encoder == "heatmaps" else config.candidate_sets,
     )

@@ -125,7 +125,7 @@ def test_fields_reach_their_modules():
         candidates="per_hypothesis", coordinates="standardised", include_argmax=False,
         likelihood="probability", likelihood_scaling=False, joint_dropout=0.5, pose_scale=7.0,
         schedule_offset=0.1, clip=3.0, num_candidates=9, denoiser_blocks=3, encoder_dropout=0.25,
-        target="edm", data_std=2.5,
+        target="edm", data_std=2.5, candidate_sets=3,
     )  # fmt: skip
     assert network.candidates_per_hypothesis
     assert network.encoder.standardise
@@ -137,7 +137,9 @@ def test_fields_reach_their_modules():
     expected = diffusion.cosine_schedule(5, 0.1, 0.999).betas
     np.testing.assert_array_equal(network.schedule.betas, expected)
     assert (network.pose_scale, network.clip) == (7.0, 3.0)
-    assert (network.target, network.data_std) == ("edm", 2.5)
+    assert (network.target, network.data_std, network.candidate_sets) == ("edm", 2.5, 3)
+    # Of heatmaps that are read themselves all sets would be the same.
+    assert small_network(encoder="heatmaps", candidate_sets=3).candidate_sets == 1
 
 
 @pytest.mark.parametrize(
