@@ -21,7 +21,7 @@ from diffpose_jax.method.diffusion import NoiseLevel, Schedule
 
 NUM_STEPS = 512
 """Steps of the ODE. The divergence of a network with LeakyReLU is piecewise constant in x and its
-integral converges slowly: twice as many change the quickstart's log-densities by 0.02 nat at most."""
+integral converges slowly: twice as many change the quickstart's densities by 0.02 nat at most."""
 
 Predict = Callable[[Array, Array, NoiseLevel], Array]
 """The prediction of x_0 from (x_t, t, its noise level), t any number in 0..T-1."""
