@@ -232,10 +232,10 @@ def test_two_processes_train_what_one_does(workplace, run):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(workplace, run, tmp_path):
-    """8 frames on 4 devices, at most 3 on each."""
+    """8 frames on 4 devices, at most 3 on each; with what was fitted for the run."""
     arguments = (
         *("--checkpoint", run, "--data_dir", workplace.folder / "data"),
-        *("--num_hypotheses", "7,3", "--config", workplace.config),
+        *("--num_hypotheses", "20,3", "--config", workplace.config),
         *("--config.evaluation.batch_size=3", "--config.evaluation.group_by=('clip',)"),
     )
     workplace.run("evaluate", *arguments, "--output", tmp_path / "one")
