@@ -7,7 +7,7 @@ fitted again when that has changed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Key
+from jaxtyping import Bool, Float, Integer, Key
 from tqdm import tqdm
 
 from diffpose_jax.config import Config, ConfigError, EvaluationConfig
@@ -122,13 +122,10 @@ def measure_errors(
       held_out: the frames.
       max_frames: at most so many frames are taken, evenly spread.
     """
-    network, size = model.network, 64
-    rows = np.linspace(0, len(held_out) - 1, min(len(held_out), max_frames)).astype(int)
+    network, size, rows = model.network, 64, _evenly_spread(held_out, max_frames)
     totals = np.zeros((3, network.schedule.num_steps, POSE_SIZE, POSE_SIZE))
-    for start in tqdm(range(0, len(rows), size), desc="measuring errors", unit=" batches"):
-        # Of one size, so that one program is compiled.
-        chosen = np.resize(rows[start : start + size], size)
-        is_counted = np.arange(size) < len(rows) - start
+    for i, chosen in enumerate(_batches(rows, size, "measuring errors")):
+        is_counted = np.arange(size) < len(rows) - i * size
         maps, poses_mm = held_out.heatmaps(chosen), np.float32(held_out.pose_mm[chosen])
         key, batch_key = jax.random.split(key)
         found = _error_products(network, model.params, batch_key, maps, poses_mm, is_counted)
@@ -211,17 +208,14 @@ def fit_calibration(
       max_frames: at most so many frames are taken, evenly spread.
     """
     uncalibrated = calibration.uncalibrated(settings.radius_level)
-    number, size = min(len(held_out), max_frames), settings.batch_size
-    rows = np.linspace(0, len(held_out) - 1, number).astype(int)
-    parts = []
-    for start in tqdm(range(0, number, size), desc="calibrating", unit=" batches"):
-        # Of one size, so that one program is compiled.
-        maps = jnp.asarray(held_out.heatmaps(np.resize(rows[start : start + size], size)))
+    rows, parts = _evenly_spread(held_out, max_frames), []
+    for chosen in _batches(rows, settings.batch_size, "calibrating"):
+        maps = jnp.asarray(held_out.heatmaps(chosen))
         poses_mm = model.sample(key, maps, settings.num_hypotheses)
         parts.append(
             jax.device_get(calibration.choose(settings.pose, poses_mm, maps, uncalibrated)[:2])
         )
-    chosen_mm, radii_mm = (np.concatenate(part)[:number] for part in zip(*parts, strict=True))
+    chosen_mm, radii_mm = (np.concatenate(part)[: len(rows)] for part in zip(*parts, strict=True))
     distances_mm = np.linalg.norm(chosen_mm - held_out.pose_mm[rows], axis=-1)
     return calibration.fit_calibration(
         distances_mm,
@@ -231,6 +225,19 @@ def fit_calibration(
         solver=model.solver.name,
         num_hypotheses=settings.num_hypotheses,
     )
+
+
+def _evenly_spread(examples: Examples, most: int) -> Integer[np.ndarray, " n"]:
+    """Rows of at most so many examples."""
+    return np.linspace(0, len(examples) - 1, min(len(examples), most)).astype(int)
+
+
+def _batches(
+    rows: Integer[np.ndarray, " n"], size: int, what: str
+) -> Iterator[Integer[np.ndarray, " B"]]:
+    """Rows in batches of one size, so that one program is compiled: the last repeats some."""
+    for start in tqdm(range(0, len(rows), size), desc=what, unit=" batches"):
+        yield np.resize(rows[start : start + size], size)
 
 
 def ambiguous_frames(test: Examples, settings: EvaluationConfig) -> Bool[np.ndarray, " N"]:

@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
         t: Real[Array, "*batch"],
         projected: Float[Array, "*#batch W"],
     ) -> Float[Array, "*batch N"]:
-        """Predicts the noise eps in x_t, or another target; the network sees the raw t."""
+        """Predicts the noise in x_t, or another target; the network sees the number t as it is."""
         time = t.astype(x_t.dtype)[..., None]
         h = self.input(jnp.concatenate([x_t, time], axis=-1)) + projected
         for first, second in self.blocks:

@@ -60,7 +60,7 @@ class DiffPose:
 
     Attributes:
       encoder: candidates -> condition, or heatmaps -> condition.
-      denoiser: eps(x_t, t, condition).
+      denoiser: F(x_t, time, condition), what `target` says.
       schedule: the noise schedule.
       pose_scale: units of the pose vector per metre.
       clip: bound of the predicted x_0, in these units.
@@ -165,11 +165,11 @@ class DiffPose:
         self, params: Params, level: diffusion.NoiseLevel
     ) -> tuple[diffusion.Target, Float[Array, "*centre"]]:
         """What F is at a noise level, and the mean that is taken off the data before."""
-        t_axes = level.signal.ndim - 1
         if "moments" not in params:
             return diffusion.noise_target(level), jnp.zeros(())
+        batch_axes = range(level.signal.ndim - 1)
         mean, std = (
-            jnp.expand_dims(jax.lax.stop_gradient(params["moments"][name]), range(t_axes))
+            jnp.expand_dims(jax.lax.stop_gradient(params["moments"][name]), batch_axes)
             for name in ("mean", "std")
         )
         return diffusion.edm_target(level, std), mean

@@ -172,10 +172,11 @@ def parse_solver(
         x_t = np.sqrt(share) * (1.0 - alpha_bar_next) / (1.0 - alpha_bar)
         x_0 = np.sqrt(alpha_bar_next) * (1.0 - share) / (1.0 - alpha_bar)
         variance = (1.0 - share) * (1.0 - alpha_bar_next) / (1.0 - alpha_bar)
-        weights = x_t, x_0, np.sqrt(variance)
+        noise = np.sqrt(variance)
         if measured and errors is not None:
-            weights = _corrected(measured, np.sqrt(alpha_bar), times, x_t, x_0, variance, errors)
-        return Steps(solver, times, *weights[:2], zeros, weights[2], start)
+            signal = np.sqrt(alpha_bar)
+            x_t, x_0, noise = _corrected(measured, signal, times, x_t, x_0, variance, errors)
+        return Steps(solver, times, x_t, x_0, zeros, noise, start)
     ratio = np.sqrt((1.0 - alpha_bar_next) / (1.0 - alpha_bar))
     x_0 = np.sqrt(alpha_bar_next) - ratio * np.sqrt(alpha_bar)
     extrapolated = zeros
