@@ -16,8 +16,8 @@ from jaxtyping import Float, Key
 
 from diffpose_jax import distributed
 from diffpose_jax.config import Config
-from diffpose_jax.method import heatmaps as heatmaps_lib
 from diffpose_jax.method import sampling
+from diffpose_jax.method.heatmaps import MAPS_SHAPE
 from diffpose_jax.method.network import DiffPose, Draw, Params
 from diffpose_jax.skeleton import NUM_JOINTS
 from diffpose_jax.training import checkpoints
@@ -117,7 +117,7 @@ class Model:
         Raises:
           ValueError: for heatmaps as in `draw`, poses of another shape or with NaN, or no set.
         """
-        checked, poses_mm = heatmaps_lib.check(heatmaps), np.asarray(poses_mm, np.float32)
+        checked, poses_mm = check_heatmaps(heatmaps), np.asarray(poses_mm, np.float32)
         if poses_mm.ndim != 4 or poses_mm.shape[2:] != (NUM_JOINTS, 3):
             raise ValueError(f"poses_mm must be (B, M, {NUM_JOINTS}, 3), not {poses_mm.shape}")
         if len(poses_mm) != len(checked):
@@ -140,7 +140,7 @@ class Model:
         solver: str | sampling.Steps | None,
     ) -> Any:
         """Checks what `draw` takes and runs the function on all local devices."""
-        checked = heatmaps_lib.check(heatmaps)
+        checked = check_heatmaps(heatmaps)
         if num_hypotheses < 1:
             raise ValueError(f"num_hypotheses must be at least 1, not {num_hypotheses}")
         steps = self.parse_solver(solver) if isinstance(solver, str) else solver or self.solver
@@ -155,6 +155,34 @@ class Model:
     def _replicated_params(self) -> Params:
         """The parameters where `pmap` wants them, or each call would copy them."""
         return distributed.replicate(self.params, jax.local_devices())
+
+
+def check_heatmaps(heatmaps: Array | np.ndarray) -> Float[np.ndarray, "B J H W"]:
+    """Checks a user's heatmaps and gives them as float32 on the host.
+
+    Args:
+      heatmaps: (B, 16, 64, 64), MPII joint order.
+
+    Raises:
+      ValueError: for another shape, a type that is not a real number's, or NaN and infinity;
+        the message names the first bad image and joint.
+    """
+    heatmaps = np.asarray(heatmaps)
+    if heatmaps.ndim != 4 or heatmaps.shape[1:] != MAPS_SHAPE:
+        hint = " (one image? add a leading axis: heatmaps[None])" * (heatmaps.shape == MAPS_SHAPE)
+        raise ValueError(f"heatmaps must be (B, 16, 64, 64), not {heatmaps.shape}{hint}")
+    # jnp.issubdtype knows bfloat16 and its like, np.issubdtype does not.
+    if not any(jnp.issubdtype(heatmaps.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"heatmaps must be real numbers, not {heatmaps.dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow is found below
+        heatmaps = heatmaps.astype(np.float32)
+    finite = np.isfinite(heatmaps).all(axis=(2, 3))
+    if not finite.all():
+        image, joint = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"heatmaps must be finite: image {image}, joint {joint} holds NaN or infinity"
+        )
+    return heatmaps
 
 
 # Of the module, not methods of `network`: see `distributed.spread`.

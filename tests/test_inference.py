@@ -5,6 +5,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.special
@@ -13,7 +14,7 @@ from small import random_heatmaps, small_model
 
 import diffpose_jax
 from diffpose_jax import inference
-from diffpose_jax.method import likelihood, sampling
+from diffpose_jax.method import diffusion, likelihood, sampling
 from diffpose_jax.method.pose_vector import pose_to_vector, vector_to_pose
 from diffpose_jax.skeleton import H36M_JOINTS
 
@@ -100,6 +101,8 @@ def test_the_fast_way_is_the_plain_one(changes):
     drawn = small.draw(key, maps, number)
     np.testing.assert_allclose(small.sample(key, maps, number), drawn.poses_mm, atol=0.1)
     schedule, fast = network.schedule, np.float64(drawn.poses_mm)
+    alpha_bar = schedule.alphas_cumprod
+    of_x_t, of_x_0, variance = diffusion.posterior(alpha_bar, np.append(1.0, alpha_bar[:-1]))
     predict, sets = jax.jit(network.predict), changes.get("candidate_sets", 1)
     sets = number if changes == PER_HYPOTHESIS else sets
     plain = np.zeros_like(fast)
@@ -122,8 +125,8 @@ def test_the_fast_way_is_the_plain_one(changes):
                 time = network.time_input(jnp.int32(t), schedule.level(jnp.int32(t)))
                 found = np.float64(predict(params, jnp.float32(x), time, projected))
                 x_0 = np.clip(x_0_by_hand(small, x, t, found), -network.clip, network.clip)
-                x = schedule.posterior_mean_coef1[t] * x_0 + schedule.posterior_mean_coef2[t] * x
-                x = x + np.sqrt(schedule.posterior_variance[t]) * np.float64(noise[i + 1])
+                step_noise = np.sqrt(variance[t]) * np.float64(noise[i + 1])
+                x = of_x_0[t] * x_0 + of_x_t[t] * x + step_noise
             plain[image, m] = vector_to_pose(jnp.float32(x), network.pose_scale)
     assert np.sqrt(np.mean((fast - plain) ** 2)) < 1e-5 * fast.std()
 
@@ -290,3 +293,36 @@ def test_hypotheses_of_other_encoders(encoder):
         np.testing.assert_array_equal(read, maps)
     assert condition.shape == (2, {"candidates": 3 * 6 * 16, "heatmaps": 8 * 4}[encoder])
     assert jnp.abs(condition[0] - condition[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.uint8, np.int64]
+)
+def test_real_numbers_are_accepted(dtype):
+    maps = np.arange(2 * 16 * 64 * 64).reshape(2, 16, 64, 64) % 100
+    checked = inference.check_heatmaps(maps.astype(dtype))
+    assert checked.dtype == np.float32
+    np.testing.assert_array_equal(checked, maps)
+
+
+def with_value(value):
+    maps = np.zeros((3, 16, 64, 64))
+    maps[1, 4, 63, 0] = maps[2, 0, 0, 0] = value
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (np.zeros((2, 17, 64, 64)), r"\(B, 16, 64, 64\), not \(2, 17, 64, 64\)$"),
+        (np.zeros((64, 64)), r"\(B, 16, 64, 64\), not \(64, 64\)$"),
+        (np.zeros((16, 64, 64)), r"one image\? add a leading axis: heatmaps\[None\]"),
+        (with_value(np.nan), "image 1, joint 4"),
+        (with_value(-np.inf), "image 1, joint 4"),
+        (np.zeros((1, 16, 64, 64), object), "real numbers, not object"),
+        (np.zeros((1, 16, 64, 64), np.bool_), "real numbers, not bool"),
+    ],
+)
+def test_other_heatmaps_are_errors(maps, message):
+    with pytest.raises(ValueError, match=message):
+        inference.check_heatmaps(maps)

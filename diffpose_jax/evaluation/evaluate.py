@@ -19,7 +19,7 @@ from diffpose_jax.evaluation import baselines as baselines_lib
 from diffpose_jax.evaluation.baselines import Baselines
 from diffpose_jax.evaluation.calibration import Calibration
 from diffpose_jax.evaluation.metrics import MetricSums, joint_errors, per_frame_metrics
-from diffpose_jax.inference import Model
+from diffpose_jax.inference import Model, check_heatmaps
 from diffpose_jax.method import heatmaps, sampling
 from diffpose_jax.method.network import DiffPose, Params
 
@@ -173,7 +173,7 @@ def evaluate(
         rows = np.array_split(frames, jax.process_count())[jax.process_index()]
         is_counted = np.float64(len(rows) > 0)
         rows = rows if len(rows) else frames[:1]
-        batch = heatmaps.check(examples.heatmaps(rows)), np.float32(examples.pose_mm[rows])
+        batch = check_heatmaps(examples.heatmaps(rows)), np.float32(examples.pose_mm[rows])
         found = distributed.spread(
             _per_frame,
             static,

@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from diffpose_jax.io import extras, files, trees
 from diffpose_jax.method.channel_embedding import kernel_centres
-from diffpose_jax.method.diffusion import Schedule
+from diffpose_jax.method.diffusion import Schedule, posterior
 
 ParamPath = tuple[str, ...]
 
@@ -36,22 +36,28 @@ class WeightsError(ValueError):
 _INPUT, _CONDITION = ("denoiser", "input", "kernel"), ("denoiser", "condition", "kernel")
 _JOINTS = ("encoder", "joint_embedding")
 _CENTRES = "condition_emb.pos_encoder.centers"
-_OF_SCHEDULE = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)  # fmt: skip
 _BATCH_NORM = r"denoise_fn\.res_pose\d+\.bn\d+"
 
 
 def schedule_buffers(schedule: Schedule) -> dict[str, np.ndarray]:
     """The constants of the noise schedule that the published program keeps with its weights."""
-    buffers = {name: getattr(schedule, name) for name in _OF_SCHEDULE} | {
-        "sqrt_alphas_cumprod": np.sqrt(schedule.alphas_cumprod),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - schedule.alphas_cumprod),
-        "log_one_minus_alphas_cumprod": np.log(1.0 - schedule.alphas_cumprod),
+    alpha_bar = schedule.alphas_cumprod
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    of_x_t, of_x_0, variance = posterior(alpha_bar, alpha_bar_prev)
+    buffers = {
+        "betas": schedule.betas,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": alpha_bar_prev,
+        "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alpha_bar),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - alpha_bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alpha_bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alpha_bar - 1.0),
+        "posterior_mean_coef1": of_x_0,
+        "posterior_mean_coef2": of_x_t,
+        "posterior_variance": variance,
         # Without the infinity of t = 0.
-        "posterior_log_variance_clipped": np.log(np.maximum(schedule.posterior_variance, 1e-20)),
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
         "p2_loss_weight": np.ones(schedule.num_steps),  # of the loss over t; never another
     }
     return {name: np.asarray(values, np.float32) for name, values in buffers.items()}

@@ -45,41 +45,10 @@ class Schedule:
         """Alpha-bar_t, the share of the data's variance left at t."""
         return np.cumprod(1.0 - self.betas)
 
-    @property
-    def alphas_cumprod_prev(self) -> np.ndarray:
-        """Alpha-bar_{t-1}, 1 at t = 0."""
-        return np.append(1.0, self.alphas_cumprod[:-1])
-
     def level(self, t: Integer[Array, "*batch"]) -> NoiseLevel:
         """The noise level at times t, (*batch, 1)."""
         values = np.sqrt(self.alphas_cumprod), np.sqrt(1.0 - self.alphas_cumprod)
         return NoiseLevel(*(jnp.asarray(x, jnp.float32)[t][..., None] for x in values))
-
-    @property
-    def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
-        """In x_0 = this * x_t - `sqrt_recipm1_alphas_cumprod` * eps, the weight of x_t."""
-        return np.sqrt(1.0 / self.alphas_cumprod)
-
-    @property
-    def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
-        """Weight of the noise in that formula: sqrt(1 / alpha-bar_t - 1)."""
-        return np.sqrt(1.0 / self.alphas_cumprod - 1.0)
-
-    @property
-    def posterior_mean_coef1(self) -> np.ndarray:
-        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 7."""
-        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-
-    @property
-    def posterior_mean_coef2(self) -> np.ndarray:
-        """Weight of x_t in that mean."""
-        kept = np.sqrt(1.0 - self.betas)
-        return (1.0 - self.alphas_cumprod_prev) * kept / (1.0 - self.alphas_cumprod)
-
-    @property
-    def posterior_variance(self) -> np.ndarray:
-        """Variance of q(x_{t-1} | x_t, x_0), 0 at t = 0."""
-        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
 
 def cosine_schedule(
@@ -95,6 +64,21 @@ def cosine_schedule(
     time = np.linspace(0.0, 1.0, num_steps + 1)
     alphas_cumprod = np.cos((time + offset) / (1.0 + offset) * np.pi / 2) ** 2
     return Schedule(np.clip(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.0, max_beta))
+
+
+def posterior(
+    alpha_bar: Float[np.ndarray, " S"], alpha_bar_s: Float[np.ndarray, " S"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of x_t and x_0 in the mean of q(x_s | x_t, x_0), and its variance (Ho et al. Eq. 7).
+
+    Args:
+      alpha_bar: that of t.
+      alpha_bar_s: that of the earlier s; 1 if x_s is the data.
+    """
+    share = alpha_bar / alpha_bar_s
+    x_t = np.sqrt(share) * (1.0 - alpha_bar_s) / (1.0 - alpha_bar)
+    x_0 = np.sqrt(alpha_bar_s) * (1.0 - share) / (1.0 - alpha_bar)
+    return x_t, x_0, (1.0 - share) * (1.0 - alpha_bar_s) / (1.0 - alpha_bar)
 
 
 @flax.struct.dataclass

@@ -61,34 +61,6 @@ def coordinate_cells(xy: Float[Array, "*shape 2"]) -> Integer[Array, "*shape"]:
     return column_row[..., 1] * HEATMAP_SIZE + column_row[..., 0]
 
 
-def check(heatmaps: Array | np.ndarray) -> Float[np.ndarray, "B J H W"]:
-    """Checks a user's heatmaps and gives them as float32 on the host.
-
-    Args:
-      heatmaps: (B, 16, 64, 64), MPII joint order.
-
-    Raises:
-      ValueError: for another shape, a type that is not a real number's, or NaN and infinity;
-        the message names the first bad image and joint.
-    """
-    heatmaps = np.asarray(heatmaps)
-    if heatmaps.ndim != 4 or heatmaps.shape[1:] != MAPS_SHAPE:
-        hint = " (one image? add a leading axis: heatmaps[None])" * (heatmaps.shape == MAPS_SHAPE)
-        raise ValueError(f"heatmaps must be (B, 16, 64, 64), not {heatmaps.shape}{hint}")
-    # jnp.issubdtype knows bfloat16 and its like, np.issubdtype does not.
-    if not any(jnp.issubdtype(heatmaps.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-        raise ValueError(f"heatmaps must be real numbers, not {heatmaps.dtype}")
-    with np.errstate(over="ignore", invalid="ignore"):  # overflow is found below
-        heatmaps = heatmaps.astype(np.float32)
-    finite = np.isfinite(heatmaps).all(axis=(2, 3))
-    if not finite.all():
-        image, joint = np.argwhere(~finite)[0]
-        raise ValueError(
-            f"heatmaps must be finite: image {image}, joint {joint} holds NaN or infinity"
-        )
-    return heatmaps
-
-
 def argmax_cells(heatmaps: Num[Array, "*maps H W"]) -> Integer[Array, "*maps"]:
     """Flat index of each map's highest cell, the first of equals."""
     # By rows first: a maximum is ten times faster to find on a CPU than its place.

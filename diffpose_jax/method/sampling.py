@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float, Integer, Key
 
 from diffpose_jax.config import ConfigError
-from diffpose_jax.method.diffusion import Schedule
+from diffpose_jax.method.diffusion import Schedule, posterior
 from diffpose_jax.method.pose_vector import POSE_SIZE
 
 Denoise = Callable[[Array, Array], Array]
@@ -95,7 +95,7 @@ def _split(schedule: Schedule, solver: str) -> tuple[str, np.ndarray, bool, str 
     """The family of a solver, its times, whether it names its first one, and "var" or "cov"."""
     matched = _SOLVER.fullmatch(solver)
     name, number, first, measured = matched.groups() if matched else ("", None, None, None)
-    few = int(np.sum(schedule.sqrt_recip_alphas_cumprod <= MAX_GAIN))
+    few = int(np.sum(schedule.alphas_cumprod >= MAX_GAIN**-2))
     last = schedule.num_steps - 1
     if first is not None:
         last = min(int(first), schedule.num_steps)
@@ -168,10 +168,7 @@ def parse_solver(
         start = np.sqrt(share) * errors.mean, np.sqrt(share * errors.variance + 1.0 - share)
     zeros = np.zeros(len(times))
     if name == "ddpm":
-        share = alpha_bar / alpha_bar_next
-        x_t = np.sqrt(share) * (1.0 - alpha_bar_next) / (1.0 - alpha_bar)
-        x_0 = np.sqrt(alpha_bar_next) * (1.0 - share) / (1.0 - alpha_bar)
-        variance = (1.0 - share) * (1.0 - alpha_bar_next) / (1.0 - alpha_bar)
+        x_t, x_0, variance = posterior(alpha_bar, alpha_bar_next)
         noise = np.sqrt(variance)
         if measured and errors is not None:
             signal = np.sqrt(alpha_bar)

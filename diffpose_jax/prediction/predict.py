@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 
 from diffpose_jax.evaluation import calibration
 from diffpose_jax.evaluation.calibration import Calibration, SinglePose
-from diffpose_jax.inference import Model
+from diffpose_jax.inference import Model, check_heatmaps
 from diffpose_jax.io import arrays, files
-from diffpose_jax.method import heatmaps as heatmaps_lib
 from diffpose_jax.method.network import Draw
 from diffpose_jax.prediction.finder import Detection, PredictionError
 from diffpose_jax.report import figures, page
@@ -49,7 +48,7 @@ def read_heatmaps(path: str | os.PathLike[str]) -> Float[np.ndarray, "B 16 64 64
             raise PredictionError(f"{path} has no array heatmaps, only {names}")
         content = content["heatmaps"]
     try:
-        maps = heatmaps_lib.check(content[None] if content.ndim == 3 else content)
+        maps = check_heatmaps(content[None] if content.ndim == 3 else content)
     except ValueError as error:
         raise PredictionError(f"{path}: {error}") from error
     if len(maps) == 0:

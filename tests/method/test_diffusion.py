@@ -21,7 +21,6 @@ def test_cosine_schedule_is_equation_17(T, offset, max_beta):
     for t in range(T):
         beta = min(1 - f(t + 1) / f(t), max_beta)
         np.testing.assert_allclose(schedule.betas[t], beta, rtol=1e-12)
-        np.testing.assert_allclose(schedule.alphas_cumprod_prev[t], alphas_cumprod, rtol=1e-12)
         alphas_cumprod *= 1 - beta
         np.testing.assert_allclose(schedule.alphas_cumprod[t], alphas_cumprod, rtol=1e-12)
 
@@ -30,16 +29,17 @@ def test_cosine_schedule_is_equation_17(T, offset, max_beta):
 def test_posterior_by_bayes_rule(arguments):
     """q(x_{t-1} | x_t, x_0) from the two Gaussians; the last step is exactly x_0."""
     schedule = diffusion.cosine_schedule(*arguments)
-    previous, beta = schedule.alphas_cumprod_prev[1:], schedule.betas[1:]
+    alpha_bar, beta = schedule.alphas_cumprod, schedule.betas[1:]
+    previous = alpha_bar[:-1]
     precision = 1 / (1 - previous) + (1 - beta) / beta
     expected = {
-        "posterior_mean_coef1": (1, np.sqrt(previous) / (1 - previous) / precision),
-        "posterior_mean_coef2": (0, np.sqrt(1 - beta) / beta / precision),
-        "posterior_variance": (0, 1 / precision),
+        "x_t": (0, np.sqrt(1 - beta) / beta / precision),
+        "x_0": (1, np.sqrt(previous) / (1 - previous) / precision),
+        "variance": (0, 1 / precision),
     }
-    for name, (last, others) in expected.items():
-        found = getattr(schedule, name)
-        np.testing.assert_allclose(found[0], last, rtol=1e-12, err_msg=name)
+    all_found = diffusion.posterior(alpha_bar, np.append(1.0, previous))
+    for (name, (last, others)), found in zip(expected.items(), all_found, strict=True):
+        np.testing.assert_allclose(found[0], last, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(found[1:], others, rtol=1e-9, err_msg=name)
 
 

@@ -62,12 +62,13 @@ class Mixture:
 
 def chain_std(schedule, std):
     """Standard deviation of the exact chain's samples of N(m, std^2), by its linear recursion."""
-    variance = np.ones_like(std)
+    variance, alpha_bar = np.ones_like(std), schedule.alphas_cumprod
+    of_x_t, of_x_0, noise = diffusion.posterior(alpha_bar, np.append(1.0, alpha_bar[:-1]))
     for t in range(schedule.num_steps - 1, -1, -1):
-        share = schedule.alphas_cumprod[t]
+        share = alpha_bar[t]
         x_0_of_x_t = np.sqrt(share) * std**2 / (share * std**2 + 1 - share)
-        slope = schedule.posterior_mean_coef1[t] * x_0_of_x_t + schedule.posterior_mean_coef2[t]
-        variance = slope**2 * variance + schedule.posterior_variance[t]
+        slope = of_x_0[t] * x_0_of_x_t + of_x_t[t]
+        variance = slope**2 * variance + noise[t]
     return np.sqrt(variance)
 
 

@@ -24,12 +24,9 @@ def test_data_of_one_point_are_found_exactly(solver):
 def test_the_paper_s_steps_are_the_posterior():
     steps = sampling.parse_solver(SCHEDULE)
     assert steps.times.tolist() == list(range(25))[::-1]
-    expected = {
-        "x_t": SCHEDULE.posterior_mean_coef2,
-        "x_0": SCHEDULE.posterior_mean_coef1,
-        "noise": np.sqrt(SCHEDULE.posterior_variance),
-        "last_x_0": np.zeros(25),
-    }
+    alpha_bar = SCHEDULE.alphas_cumprod
+    x_t, x_0, variance = diffusion.posterior(alpha_bar, np.append(1.0, alpha_bar[:-1]))
+    expected = {"x_t": x_t, "x_0": x_0, "noise": np.sqrt(variance), "last_x_0": np.zeros(25)}
     for name, weights in expected.items():
         found = getattr(steps, name)[::-1]
         assert found.dtype == np.float64
