@@ -73,6 +73,8 @@ def get_config() -> ml_collections.ConfigDict:
     training.steps_per_dispatch = 20
     training.checkpoint_every = 10_000  # steps, a multiple of steps_per_dispatch
     training.keep_checkpoints = 3
+    # A run or an export whose weights the training starts from, of an equal `model`; "": new ones.
+    training.init_from = ""
 
     data = config.data = ml_collections.ConfigDict()
     data.name = "human36m"

@@ -118,6 +118,7 @@ class TrainingConfig:
     steps_per_dispatch: int
     checkpoint_every: int
     keep_checkpoints: int
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         most = (1 << 31) - 1  # steps are counted in 32 bits

@@ -9,6 +9,7 @@ checkpoint of them; by anything else, at the last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from diffpose_jax.data.pipeline import TrainingData
 from diffpose_jax.io import files, locks, scalars
 from diffpose_jax.method import network, sampling
 from diffpose_jax.method.diffusion import Schedule
+from diffpose_jax.method.network import Params
 from diffpose_jax.report import results
 from diffpose_jax.training import checkpoints, loop, runs
 from diffpose_jax.training.step import Trainer
@@ -42,7 +44,7 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
 
     Raises:
       Stopped: after SIGINT or SIGTERM; what was trained is saved.
-      ConfigError: for a solver that the evaluation could not use.
+      ConfigError: for a solver that the evaluation could not use, or weights of another model.
       NonFiniteLossError: the step's examples are in nonfinite_step_N.json.
     """
     settings = config.training
@@ -59,6 +61,7 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
         if first == settings.num_steps:
             runs.write_config(workdir, config)
             return
+        trained = _trained_before(config) if state is None else None
         with distributed.first_process_first("data"):
             examples = pipeline.load(config.data, "train", data_dir)
         saved.trains_on(examples.fingerprint)
@@ -67,7 +70,9 @@ def train(config: Config, workdir: Path, data_dir: str | None = None) -> None:
         )
         runs.write_config(workdir, config, start)
         examples, _ = pipeline.hold_out(examples, config.data.calibration_share)
-        state = state or trainer.init(init_key, examples.pose_mm)
+        if state is None:
+            new = trainer.init(init_key, examples.pose_mm)
+            state = new if trained is None else trainer.start(trained)
         data = pipeline.training_data(
             examples, trainer.network, config.data, candidate_key, config.seed
         )
@@ -125,6 +130,26 @@ def _check_solver(config: Config, schedule: Schedule) -> None:
             " recordings that are held out of the training: set config.data.calibration_share, such"
             " as 0.1, or take another solver"
         )
+
+
+def _trained_before(config: Config) -> Params | None:
+    """The weights that `config.training.init_from` names, if it names any.
+
+    Raises:
+      CheckpointError: if they cannot be read.
+      ConfigError: if they are of another model.
+    """
+    folder = config.training.init_from
+    if not folder:
+        return None
+    found = checkpoints.load(folder)
+    theirs, ours = (dataclasses.asdict(model) for model in (found.config.model, config.model))
+    if differing := [name for name in ours if ours[name] != theirs[name]]:
+        fields = ", ".join(f"config.model.{name}={theirs[name]!r}" for name in differing)
+        raise ConfigError(
+            f"config.training.init_from: the weights of {folder} are of another model; set {fields}"
+        )
+    return found.params
 
 
 @contextlib.contextmanager

@@ -98,6 +98,10 @@ class Trainer:
         params = self.network.init(key)
         if poses_mm is not None:
             params = self.network.with_moments(params, poses_mm)
+        return self.start(params)
+
+    def start(self, params: Params) -> TrainState:
+        """The state before the first step from given parameters."""
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import programs
@@ -16,6 +17,7 @@ from paths import ROOT
 from small import examples, write_motion
 
 import diffpose_jax
+from diffpose_jax.config import ConfigError
 from diffpose_jax.evaluation import calibration as calibration_lib
 from diffpose_jax.io import scalars
 from diffpose_jax.training import checkpoints
@@ -132,6 +134,31 @@ def test_train_writes_all_that_is_promised(run):
     calibration = calibration_lib.read_calibration(run, "heatmap_agreement")
     assert (calibration.num_frames, calibration.num_groups) == (12, 1)
     assert set(methods["model"]["mpjpe_best_at"]) == {"1", "2", "5", "10", "20"}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_training_starts_from_weights(workplace, run, tmp_path):
+    """Of an equal model; here it learns next to nothing, so that they are those it began with."""
+    before = checkpoints.load(run)
+    config = dataclasses.replace(
+        before.config,
+        training=dataclasses.replace(
+            before.config.training,
+            init_from=str(run),
+            num_steps=2,
+            checkpoint_every=2,
+            learning_rate=1e-12,
+        ),
+    )
+    train = programs.load("train").train
+    data_dir = str(workplace.folder / "data")
+    train(config, tmp_path / "run", data_dir)
+    chex.assert_trees_all_close(
+        checkpoints.load(tmp_path / "run", "raw").params, before.params, atol=1e-9
+    )
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, clip=20.0))
+    with pytest.raises(ConfigError, match=r"of another model; set config.model.clip=30.0$"):
+        train(other, tmp_path / "other", data_dir)
 
 
 def test_run_again_trains_nothing(workplace, run, tmp_path):
