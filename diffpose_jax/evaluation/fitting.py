@@ -6,6 +6,7 @@ fitted again when that has changed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +22,14 @@ from tqdm import tqdm
 from diffpose_jax.config import Config, ConfigError, EvaluationConfig
 from diffpose_jax.data import pipeline
 from diffpose_jax.data.pipeline import Examples
-from diffpose_jax.evaluation import ambiguity, calibration
+from diffpose_jax.evaluation import ambiguity, calibration, metrics
 from diffpose_jax.evaluation import baselines as baselines_lib
 from diffpose_jax.evaluation.baselines import Baselines
 from diffpose_jax.evaluation.calibration import Calibration
 from diffpose_jax.evaluation.evaluate import regression_inputs
 from diffpose_jax.inference import Model
 from diffpose_jax.io.trees import check_sum
+from diffpose_jax.method import sampling
 from diffpose_jax.method.heatmaps import AnyArray
 from diffpose_jax.method.network import DiffPose, Params
 from diffpose_jax.method.pose_vector import POSE_SIZE, moments, pose_to_vector
@@ -38,9 +40,14 @@ BASELINES = "baselines.npz"
 """The file in a run's folder with the baselines."""
 
 _NOISES = 4  # drawn for each image and t where prediction errors are measured
+_HYPOTHESES = 50  # of each image where the solvers' noise is fitted
 
 TrainingSplit = Callable[[], tuple[Examples, Examples | None]]
-"""Reads what the model was trained on, and the recordings that were held out for calibration."""
+"""Reads what the model was trained on, and the recordings that were held out for calibration.
+
+These are as recorded, as those that a model is tested on or used for: what is fitted to poses that
+a training makes up of several holds for such.
+"""
 
 
 def training_split(config: Config, data_dir: str | Path | None) -> TrainingSplit:
@@ -49,7 +56,12 @@ def training_split(config: Config, data_dir: str | Path | None) -> TrainingSplit
     @functools.cache
     def read() -> tuple[Examples, Examples | None]:
         examples = pipeline.load(config.data, "train", data_dir)
-        return pipeline.hold_out(examples, config.data.calibration_share)
+        train, held_out = pipeline.hold_out(examples, config.data.calibration_share)
+        if held_out is not None:
+            names, plain = held_out.clips, pipeline.as_recorded(config.data)
+            held_out = pipeline.load(plain, "train", data_dir)
+            held_out = held_out.select(np.flatnonzero(np.isin(held_out.clips, names)))
+        return train, held_out
 
     return read
 
@@ -93,22 +105,74 @@ def baselines(
 
 
 def prediction_errors(
-    key: Key[Array, ""], train: TrainingSplit, model: Model, folder: Path
+    key: Key[Array, ""], train: TrainingSplit, model: Model, solver: str, folder: Path
 ) -> PredictionErrors | None:
     """What a solver uses of the model's errors: its own, the folder's, or measured and written now.
 
     None if no recordings were held out of the training.
     """
-    found = model.errors or checkpoints.find_errors((folder,), model.network, model.params)
-    if found is not None or not model.config.data.calibration_share:
+    found = checkpoints.find_errors((folder,), model.network, model.params) or model.errors
+    is_fitted = found is not None and (solver in found.noise or "+" not in solver)
+    if is_fitted or not model.config.data.calibration_share:
         return found
     examples, held_out = train()
     if held_out is None:
-        return None
-    mean, deviation = moments(examples.pose_mm, model.network.pose_scale)
-    fitted = PredictionErrors(mean, deviation**2, *measure_errors(key, model, held_out))
-    checkpoints.write_errors(folder, fitted, model.params)
-    return fitted
+        return found
+    errors_key, noise_key = jax.random.split(key)
+    if found is None:
+        mean, deviation = moments(examples.pose_mm, model.network.pose_scale)
+        products = measure_errors(errors_key, model, held_out)
+        found = PredictionErrors(mean, deviation**2, *products)
+    if "+" in solver:
+        model = dataclasses.replace(model, errors=found)
+        factor = fit_noise(noise_key, model, held_out, solver)
+        found = found.replace(noise={**found.noise, solver: factor})
+    checkpoints.write_errors(folder, found, model.params)
+    return found
+
+
+def fit_noise(
+    key: Key[Array, ""], model: Model, held_out: Examples, solver: str, max_frames: int = 384
+) -> float:
+    """The factor of the errors' variance in a solver's steps with the lowest energy score.
+
+    A proper score: it cannot be lowered by hypotheses that are too wide, nor too narrow. The lowest
+    of five, moved by the parabola through it and its neighbours.
+
+    Args:
+      key: a random key; all factors have the same noise.
+      model: the model, with its errors.
+      held_out: frames that it was not trained on.
+      solver: the solver.
+      max_frames: at most so many frames are taken, evenly spread.
+    """
+    rows, size, scores = _evenly_spread(held_out, max_frames), 64, []
+    exponents = np.arange(-3.0, 2.0)
+    for factor in 2.0**exponents:
+        errors = model.errors and model.errors.replace(noise={solver: float(factor)})
+        steps = sampling.parse_solver(model.network.schedule, solver, errors)
+        total = 0.0
+        for i, chosen in enumerate(_batches(rows, size, f"noise times {factor:g}")):
+            poses_mm = model.sample(key, held_out.heatmaps(chosen), _HYPOTHESES, steps)
+            truth_mm = jnp.asarray(np.float32(held_out.pose_mm[chosen]))
+            counted = len(rows) - i * size
+            total += float(np.sum(_energy_scores(poses_mm, truth_mm)[:counted]))
+        scores.append(total / len(rows))
+    best = int(np.clip(np.argmin(scores), 1, len(scores) - 2))
+    before, here, after = scores[best - 1 : best + 2]
+    curvature = before - 2 * here + after
+    shift = 0.5 * (before - after) / curvature if curvature > 0 else 0.0
+    return round(float(2.0 ** (exponents[best] + np.clip(shift, -1.0, 1.0))), 3)
+
+
+@jax.jit
+def _energy_scores(
+    poses_mm: Float[Array, "B M 17 3"], truth_mm: Float[Array, "B 17 3"]
+) -> Float[Array, " B"]:
+    """Each frame's energy score, the mean over the joints."""
+    errors_mm = metrics.joint_errors(poses_mm, truth_mm[:, None])
+    pairs_mm, _ = metrics.mean_pairwise_distances(poses_mm)
+    return jnp.mean(errors_mm, axis=(1, 2)) - pairs_mm / 2
 
 
 def measure_errors(

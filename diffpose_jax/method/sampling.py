@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -37,6 +37,8 @@ class PredictionErrors:
       cross: E[e r^T] with the residual r = x_t - sqrt(alpha-bar) prediction; 0 for the best
         prediction.
       residual: E[r r^T].
+      noise: by solver, the factor of the variance that the errors add to its steps; 1 if a solver
+        is not in it. A mean square is that of the hard images, and too much for most.
     """
 
     mean: Float[np.ndarray, " N"]
@@ -44,6 +46,7 @@ class PredictionErrors:
     error: Float[np.ndarray, "T N N"]
     cross: Float[np.ndarray, "T N N"]
     residual: Float[np.ndarray, "T N N"]
+    noise: Mapping[str, float] = flax.struct.field(pytree_node=False, default_factory=dict)
 
 
 Weights = Float[Array | np.ndarray, "*S"] | Float[Array | np.ndarray, "*S_and_N"]
@@ -138,7 +141,8 @@ def parse_solver(
     The posterior is that of a known x_0, and too narrow for a predicted one. "+cov" makes use of
     the measured errors of the prediction: it is moved by the best linear estimate of its error from
     the residual, and what error is left adds to each step's noise its covariance times the square
-    of x_0's weight, also in the last step. For Gaussian data any number of such steps is exact.
+    of x_0's weight, also in the last step, times `PredictionErrors.noise`. For Gaussian data any
+    number of such steps is exact (with a factor of 1).
     (Bao et al., Analytic-DPM, ICLR 2022, Theorem 1, has this variance, isotropic, for the best
     prediction.) "+var" does so by coordinate, without correlations.
 
@@ -172,7 +176,10 @@ def parse_solver(
         noise = np.sqrt(variance)
         if measured and errors is not None:
             signal = np.sqrt(alpha_bar)
-            x_t, x_0, noise = _corrected(measured, signal, times, x_t, x_0, variance, errors)
+            factor = errors.noise.get(solver, 1.0)
+            x_t, x_0, noise = _corrected(
+                measured, signal, times, x_t, x_0, variance, errors, factor
+            )
         return Steps(solver, times, x_t, x_0, zeros, noise, start)
     ratio = np.sqrt((1.0 - alpha_bar_next) / (1.0 - alpha_bar))
     x_0 = np.sqrt(alpha_bar_next) - ratio * np.sqrt(alpha_bar)
@@ -193,6 +200,7 @@ def _corrected(
     x_0: Float[np.ndarray, " S"],
     variance: Float[np.ndarray, " S"],
     errors: PredictionErrors,
+    factor: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights (S, N, N) of x_t, x_0 and noise that make use of the errors."""
     moments = (errors.error, errors.cross, errors.residual)
@@ -206,7 +214,7 @@ def _corrected(
     moved = gain @ np.swapaxes(cross, 1, 2)
     left = error - moved - np.swapaxes(moved, 1, 2) + gain @ residual @ np.swapaxes(gain, 1, 2)
     left = (1.0 - _SHRINKAGE) * left + _SHRINKAGE * left * identity
-    values, vectors = np.linalg.eigh(variance * identity + x_0**2 * left)
+    values, vectors = np.linalg.eigh(variance * identity + factor * x_0**2 * left)
     # The symmetric root: it does not turn with the eigenvectors of close eigenvalues.
     noise = (vectors * np.sqrt(np.maximum(values, 0.0))[:, None]) @ np.swapaxes(vectors, 1, 2)
     return x_t * identity + x_0 * gain, x_0 * (identity - signal * gain), noise

@@ -91,7 +91,7 @@ def evaluate_run(
     output.mkdir(parents=True, exist_ok=True)
     with distributed.first_process_first("fits before the evaluation"):
         if needs_errors:
-            errors = fitting.prediction_errors(errors_key, train, model, output)
+            errors = fitting.prediction_errors(errors_key, train, model, settings.solver, output)
             model = dataclasses.replace(model, errors=errors)
         model = dataclasses.replace(model, default_solver=model.parse_solver(settings.solver))
         baselines = fitting.baselines(baselines_key, train, settings, fitted_on, folders)

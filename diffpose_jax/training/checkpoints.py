@@ -250,7 +250,7 @@ def load(checkpoint: str | Path, weights: str | None = None) -> Loaded:
 
 def write_errors(folder: Path, errors: PredictionErrors, params: Params) -> None:
     """Writes what was measured of a model with these parameters."""
-    about = {"parameters": trees.check_sum(params)}
+    about = {"parameters": trees.check_sum(params), "noise": dict(errors.noise)}
     arrays.write_tree(folder / ERRORS, serialization.to_state_dict(errors), about)
 
 
@@ -275,8 +275,11 @@ def find_errors(
             if not all(np.isfinite(array).all() for array in tree.values()):
                 raise ValueError("it holds numbers that are not finite")
             if about.get("parameters") == trees.check_sum(params):
-                return PredictionErrors(**tree)
-        except (OSError, TypeError, ValueError) as error:
+                noise = {str(name): float(x) for name, x in about.get("noise", {}).items()}
+                if not all(0 <= factor < 1e6 for factor in noise.values()):
+                    raise ValueError("a factor of the noise is no factor")
+                return PredictionErrors(**tree, noise=noise)
+        except (AttributeError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); remove it") from error
     return None
 

@@ -1,6 +1,7 @@
 """Baselines, prediction errors and calibrations are fitted once; which frames are ambiguous."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -9,9 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import examples, parsed, small_config, small_model
+from small import (
+    examples,
+    parsed,
+    random_errors,
+    random_heatmaps,
+    small_config,
+    small_model,
+    write_motion,
+)
 
 from diffpose_jax.config import ConfigError
+from diffpose_jax.data import pipeline
+from diffpose_jax.data.motion import read_folder
 from diffpose_jax.evaluation import baselines, calibration, fitting
 from diffpose_jax.method.pose_vector import pose_to_vector
 
@@ -147,22 +158,72 @@ def test_errors_are_measured_once_for_the_same_parameters(tmp_path, monkeypatch)
     times = itertools.count(1)
     moments = np.ones((3, 5, 48, 48), np.float32)
     monkeypatch.setattr(fitting, "measure_errors", lambda *_: list(next(times) * moments))
+    monkeypatch.setattr(fitting, "fit_noise", lambda *_: 0.25 * next(times))
     model, train = holding_out(small_model()), examples(1, 8)
-    first = fitting.prediction_errors(KEY, lambda: (train, HELD_OUT), model, tmp_path)
+    model_errors = functools.partial(fitting.prediction_errors, KEY)
+    solver, split = "ddpm:2+cov", lambda: (train, HELD_OUT)
+    first = model_errors(split, model, solver, tmp_path)
+    assert first.noise == {solver: 0.5}
     vectors = np.float64(pose_to_vector(jnp.asarray(train.pose_mm)))
     np.testing.assert_allclose(first.mean, vectors.mean(0), atol=1e-5)
     np.testing.assert_allclose(first.variance, vectors.var(0), rtol=1e-5)
-    again = fitting.prediction_errors(KEY, not_read, model, tmp_path)
+    again = model_errors(not_read, model, solver, tmp_path)
     chex.assert_trees_all_equal(again, first)
+    assert again.noise == first.noise
     model = dataclasses.replace(model, errors=first)
-    assert fitting.prediction_errors(KEY, not_read, model, tmp_path / "other") is first
+    assert model_errors(not_read, model, solver, tmp_path / "other") is first
+    # Another solver has noise of its own, from the same errors; one without any needs none.
+    both = model_errors(split, model, "ddpm+var", tmp_path)
+    assert both.noise == {solver: 0.5, "ddpm+var": 0.75}
+    chex.assert_trees_all_equal(both.error, first.error)
+    assert model_errors(not_read, model, "ddpm:3@4", tmp_path).noise == both.noise
     other = dataclasses.replace(model, errors=None, params={"a": np.ones(2)})
-    second = fitting.prediction_errors(KEY, lambda: (train, HELD_OUT), other, tmp_path)
-    assert second.error[0, 0, 0] == 2
+    assert model_errors(split, other, solver, tmp_path).error[0, 0, 0] == 4
 
 
 def test_no_errors_are_measured_where_nothing_was_held_out(tmp_path):
-    assert fitting.prediction_errors(KEY, not_read, small_model(), tmp_path) is None
+    assert fitting.prediction_errors(KEY, not_read, small_model(), "ddpm+cov", tmp_path) is None
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0])
+def test_the_noise_of_a_solver_is_found(factor):
+    """By frames whose truth is drawn with it."""
+    solver, maps = "ddpm:3+cov", random_heatmaps(3, 640)
+    model = small_model(target="edm", candidate_sets=1)
+    errors = random_errors(4).replace(noise={solver: factor})
+    model = dataclasses.replace(model, errors=errors)
+    truth_mm = np.asarray(model.sample(jax.random.key(8), maps, 1, solver))[:, 0]
+    names = np.arange(640).astype(str)
+    frames = pipeline.Examples(truth_mm, names, names, lambda rows: maps[rows])
+    assert fitting.fit_noise(KEY, model, frames, solver, 640) == pytest.approx(factor, rel=0.35)
+
+
+def test_recordings_held_out_are_as_recorded(tmp_path):
+    """And the same ones as the training leaves out."""
+    config = small_config()
+    config.data.calibration_share = 0.5
+    config.data.builder.source = str(write_motion(tmp_path / "motion"))
+    config.data.builder.update(train_views_per_frame=6, test_views_per_frame=1)
+    config.data.builder.body.update(exchange=1.0, mirror=0.0)
+    config = parsed(config)
+    train, held_out = fitting.training_split(config, tmp_path / "data")()
+    everything = pipeline.load(config.data, "train", tmp_path / "data")
+    expected, left = pipeline.hold_out(everything, 0.5)
+    assert set(train.clips) == set(expected.clips)
+    assert set(held_out.clips) == set(left.clips)
+    assert len(held_out) == 4 / 6 * len(left)
+    # The angle of the elbow is the recording's, whatever the body.
+    clip = next(c for c in read_folder(tmp_path / "motion") if c.name == held_out.clips[0])
+
+    def elbows(poses):
+        upper, lower = poses[:, 12] - poses[:, 11], poses[:, 13] - poses[:, 12]
+        lengths = np.linalg.norm(upper, axis=-1) * np.linalg.norm(lower, axis=-1)
+        return np.degrees(np.arccos((upper * lower).sum(-1) / lengths))
+
+    recorded = elbows(np.float64(clip.positions_mm))
+    off = np.abs(elbows(np.float64(held_out.pose_mm))[:, None] - recorded).min(1)
+    assert off.max() < 0.01
+    assert np.abs(elbows(np.float64(left.pose_mm))[:, None] - recorded).min(1).max() > 1
 
 
 def test_a_calibration_covers_what_it_was_fitted_on():

@@ -242,6 +242,18 @@ def test_variances_without_correlations_are_exact_for_independent_coordinates():
     assert not (correlated.noise * (1 - np.eye(5))).any()
 
 
+def test_the_factor_of_the_noise_is_of_what_the_errors_add():
+    solver, errors = "ddpm:3@24+cov", prediction_errors(gaussian(2, 5), 0.8)
+    factors = ({solver: 0.0}, {solver: 0.5, "ddpm+cov": 3.0}, {})
+    none, half, whole = (
+        sampling.parse_solver(SCHEDULE, solver, errors.replace(noise=noise)) for noise in factors
+    )
+    variances = [steps.noise @ steps.noise.swapaxes(1, 2) for steps in (none, half, whole)]
+    np.testing.assert_allclose(variances[1], (variances[0] + variances[2]) / 2, atol=1e-12)
+    assert np.abs(variances[0][-1]).max() < 1e-12  # the last step has no noise of its own
+    np.testing.assert_array_equal(half.x_0, whole.x_0)
+
+
 def test_the_chain_does_what_its_table_says():
     """Matrices, a start and noise in the last step: against the recursion written out."""
     data = gaussian(3, 4)

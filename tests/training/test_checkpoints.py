@@ -19,7 +19,7 @@ from small import parsed, random_errors, small_config
 import diffpose_jax
 import experiments
 from diffpose_jax.config import ConfigError
-from diffpose_jax.io import arrays
+from diffpose_jax.io import arrays, trees
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import network as network_lib
 from diffpose_jax.training import checkpoints
@@ -243,7 +243,7 @@ def test_an_export_is_the_model_is_small_and_overwrites_nothing(written, tmp_pat
 @pytest.fixture
 def with_errors(run_folder):
     """A run, and the errors of its raw weights in its folder."""
-    errors = random_errors(1, num_steps=25)
+    errors = random_errors(1, num_steps=25).replace(noise={"ddpm+cov": 0.5})
     checkpoints.write_errors(run_folder, errors, states()[2].params)
     return run_folder, errors
 
@@ -251,7 +251,9 @@ def with_errors(run_folder):
 def test_prediction_errors_are_of_the_weights_they_were_measured_on(with_errors):
     run, errors = with_errors
     for folder in (run, run / "checkpoints", run / "checkpoints" / "20"):
-        assert_same_bits(checkpoints.load(folder).errors, errors)
+        found = checkpoints.load(folder).errors
+        assert_same_bits(found, errors)
+        assert found.noise == errors.noise
     assert checkpoints.load(run, "ema").errors is None
     assert checkpoints.load(run / "checkpoints" / "10").errors is None
     checkpoints.write_errors(run, errors, states()[2].ema)
@@ -274,6 +276,8 @@ def test_a_solver_that_needs_errors(with_errors, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"noise": {"ddpm+cov": -1.0}}, "a factor of the noise is no factor"),
+        ({"noise": 3}, "has no attribute 'items'"),
         ({"mean": np.zeros(47, np.float32)}, r"mean is \(47,\), not \(48,\)"),
         ({"cross": np.zeros((24, 48, 48), np.float32)}, r"cross is \(24, 48, 48\), not \(25"),
         ({"variance": np.full(48, np.nan, np.float32)}, "not finite"),
@@ -283,7 +287,9 @@ def test_a_solver_that_needs_errors(with_errors, tmp_path):
 def test_damaged_errors(with_errors, changes, message):
     run, errors = with_errors
     path = run / "prediction_errors.npz"
-    arrays.write_tree(path, dataclasses.asdict(errors) | changes, {})
+    content = dataclasses.asdict(errors) | changes
+    about = {"parameters": trees.check_sum(states()[2].params), "noise": content.pop("noise")}
+    arrays.write_tree(path, content, about)
     if not changes:
         path.write_bytes(flip_a_bit(path.read_bytes()))
     with pytest.raises(CheckpointError, match=message) as error:
