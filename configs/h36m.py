@@ -83,6 +83,10 @@ def get_config() -> ml_collections.ConfigDict:
     # The test frames that count: "every_64th_frame" of each video, "every_16th_row" of the table
     # of every fourth frame (program), or "all".
     data.test_frames = "every_64th_frame"
+    # The axes of the poses: those of the "camera" that took the picture (paper), or "crop": of one
+    # that looks at the crop's centre, since a crop does not tell where in the picture it lay
+    # (`cameras.turns_to`; the data set "motion" alone).
+    data.axes = "camera"
     # Candidates drawn ahead per joint, of which each step takes a random part: 0 draws anew
     # from the heatmap in every step.
     data.predrawn_candidates = 0

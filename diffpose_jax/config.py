@@ -155,11 +155,13 @@ class DataConfig:
     builder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     test_frames: str = "all"
+    axes: str = "camera"
 
     def __post_init__(self) -> None:
         check_range(self, predrawn_candidates=(0, 65_536), calibration_share=(0, 1 - 1e-9))
         check_choice(
             self,
+            axes=("camera",) if self.name != "motion" else ("camera", "crop"),
             name=("motion", "human36m", "mpi_inf_3dhp"),
             test_frames=("every_64th_frame", "every_16th_row", "all"),
         )

@@ -62,6 +62,16 @@ SOLVER = flags.DEFINE_string(
     "solver", None, "Such as ddpm:4@24+cov, for fewer steps; default: the configuration's."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the hypotheses.")
+FOCAL_PX = flags.DEFINE_float(
+    "focal_px",
+    None,
+    "Focal length in pixels, by which poses in a crop's axes are turned to the camera's; default:"
+    " what the picture says (EXIF).",
+    lower_bound=1.0,
+)
+HEIGHT_MM = flags.DEFINE_float(
+    "height_mm", None, "The person's stature, to which poses and radii are scaled.", lower_bound=1.0
+)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
 
 
@@ -90,6 +100,10 @@ def main(_: list[str]) -> None:
             predicted = predict.predict(
                 model, key, found.heatmaps, NUM_HYPOTHESES.value, POSE.value, calibrated
             )
+            if predicted.axes == "crop" and found.ray is not None:
+                predicted = predicted.in_camera_axes(found.ray)
+            if HEIGHT_MM.value is not None:
+                predicted = predicted.of_height(HEIGHT_MM.value)
             predict.write(subject.folder, subject.name, found, predicted)
         except PictureError as error:  # names the file
             print(f"error: {error}", file=sys.stderr)
@@ -164,7 +178,7 @@ def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Su
         stems = [picture.stem.casefold() for picture in paths]
 
         def detect(picture: Path) -> Detection:
-            return finder.detect(load(), pictures.read(picture))
+            return finder.detect(load(), pictures.read(picture), focal_px=_focal_px(picture))
 
         return [
             Subject(
@@ -181,7 +195,9 @@ def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Su
         box.crop(image)  # Before any work: it tells of a box that lies outside.
 
     def subject(name: str, folder: Path, box: Box | None) -> Subject:
-        return Subject(name, folder, lambda: finder.detect(load(), image, box))
+        return Subject(
+            name, folder, lambda: finder.detect(load(), image, box, focal_px=_focal_px(path))
+        )
 
     if len(boxes) == 1:
         return [subject(path.name, output, boxes[0])]
@@ -189,6 +205,10 @@ def _pictures(path: Path, output: Path, load: Callable[[], Detector]) -> list[Su
         subject(f"{path.name}, person {number}", output / f"person_{number}", box)
         for number, box in enumerate(boxes, start=1)
     ]
+
+
+def _focal_px(path: Path) -> float | None:
+    return FOCAL_PX.value or pictures.focal_px(path)
 
 
 def _summary(folder: Path, found: Detection, predicted: Prediction) -> str:
@@ -199,6 +219,8 @@ def _summary(folder: Path, found: Detection, predicted: Prediction) -> str:
         f" {chosen.level:.0%} radius {np.median(chosen.radius_mm[1:]):.0f} mm (joints' median)",
         f"  radius: {chosen.meaning}",
     ]
+    if predicted.axes == "crop":
+        lines.append("  axes: of a camera that looks at the crop's centre (focal length unknown)")
     unseen = [name for name, seen in zip(MPII_JOINTS, found.is_found, strict=True) if not seen]
     if unseen and found.crop is not None:
         lines.append(f"  not seen: {', '.join(unseen)}")

@@ -72,6 +72,7 @@ def test_what_does_not_fit_is_named(changes, problem):
         ("training", {"warmup_steps": 20}, "must be 0 to 19, not 20"),
         ("training", {"ema_decay": 1.0}, "must be 0 to 0.999999999, not 1.0"),
         ("data", {"name": "coco"}, "must be one of motion, human36m, mpi_inf_3dhp, not 'coco'"),
+        ("data", {"axes": "world"}, "must be one of camera, crop, not 'world'"),
         ("data", {"calibration_share": 1.0}, "must be 0 to 0.999999999, not 1.0"),
         ("evaluation", {"pose": "best"}, "must be one of mean, medoid, mode, heatmap_agreement"),
     ],

@@ -113,6 +113,37 @@ def project(
     return xy * camera.focal_px[:, None, None] + camera.centre_px[:, None]
 
 
+def rays(
+    pixels: Float[np.ndarray, "B 2"],
+    focal_px: Float[np.ndarray, " B"],
+    centre_px: Float[np.ndarray, "B 2"],
+) -> Float[np.ndarray, "B 3"]:
+    """Unit vectors from a camera to what it sees at a pixel each, in camera coordinates."""
+    ray = np.concatenate([(pixels - centre_px) / focal_px[:, None], np.ones((len(pixels), 1))], 1)
+    return ray / np.linalg.norm(ray, axis=1, keepdims=True)
+
+
+def turns_to(rays: Float[np.ndarray, "B 3"]) -> Float[np.ndarray, "B 3 3"]:
+    """Rotations of output poses from a camera's axes to those of one that looks along the ray.
+
+    A crop shows a person as a virtual camera sees them that looks at the crop's centre: what stands
+    at the picture's edge is seen from another side than what stands in its middle, and the crop
+    does not tell which it was. Of all such cameras this is the one that is reached by the smallest
+    turn. The transpose turns back.
+
+    Args:
+      rays: unit vectors in camera coordinates, in front of the camera.
+    """
+    x, y, z = np.asarray(rays, np.float64).T
+    zero = np.zeros_like(x)
+    # Rodrigues' formula for the turn of (x, y, z) to (0, 0, 1), about their cross product.
+    rows = ((zero, zero, -x), (zero, zero, -y), (x, y, zero))
+    cross = np.moveaxis(np.array(rows), -1, 0)
+    turn = np.eye(3) + cross + cross @ cross / (1.0 + z)[:, None, None]
+    flip = np.array([1.0, -1.0, -1.0])  # as of `output_pose`
+    return flip[:, None] * turn * flip
+
+
 def output_pose(points_camera_mm: Float[np.ndarray, "B N 3"]) -> Float[np.ndarray, "B N 3"]:
     """Camera coordinates as the poses of this package: from the hip, the first joint; y up."""
     return (points_camera_mm - points_camera_mm[:, :1]) * np.array([1.0, -1.0, -1.0])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffpose_jax import distributed
 from diffpose_jax.config import ConfigError, DataConfig
-from diffpose_jax.data import human36m, motion, prepared, simulator
+from diffpose_jax.data import cameras, human36m, motion, prepared, simulator
 from diffpose_jax.method.heatmaps import MAPS_SHAPE, PredrawnCandidates
 from diffpose_jax.method.network import DiffPose
 from diffpose_jax.training.step import Batch
@@ -31,7 +31,7 @@ class Examples:
     """A split of a data set.
 
     Attributes:
-      pose_mm: the truth, hip-centred camera axes with y up.
+      pose_mm: the truth, hip-centred, in the axes that `config.data.axes` says, with y up.
       clips: the recording that each example is from.
       names: a name for each example.
       heatmaps: rows (n,) -> heatmaps (n, 16, 64, 64) float32, from any thread.
@@ -148,9 +148,12 @@ def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | Non
 def _load_motion(config: DataConfig, split: str, data_dir: str | Path | None) -> Examples:
     builder = motion.prepare(config.builder, data_dir)
     columns = motion.read_all(builder, split)
-    blobs = columns["blobs"]
+    blobs, pose_mm = columns["blobs"], columns["pose_mm"]
+    if config.axes == "crop":
+        turns = cameras.turns_to(columns["ray"])
+        pose_mm = (pose_mm @ turns.swapaxes(1, 2)).astype(np.float32)
     return Examples(
-        pose_mm=columns["pose_mm"],
+        pose_mm=pose_mm,
         clips=columns["clip"],
         names=_joined(columns["clip"], columns["frame"]),
         heatmaps=lambda rows: np.asarray(simulator.render(blobs[rows])),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from diffpose_jax.data import cameras
 from diffpose_jax.detectors import Detector, crops
 from diffpose_jax.detectors.crops import Crop
 from diffpose_jax.skeleton import HEATMAP_SIZE
@@ -78,11 +79,14 @@ class Detection:
       heatmaps: MPII joint order.
       crop: a batch of one, the square of the picture that they cover; None without a picture.
       image: that square; None without a picture.
+      ray: unit vector from the camera to the crop's centre, in camera coordinates; None if the
+        focal length is not known.
     """
 
     heatmaps: Float[np.ndarray, "16 64 64"]
     crop: Crop | None = None
     image: UInt8[np.ndarray, "P P 3"] | None = None
+    ray: Float[np.ndarray, " 3"] | None = None
 
     @property
     def heights(self) -> Float[np.ndarray, 16]:
@@ -105,7 +109,10 @@ class Detection:
 
 
 def detect(
-    detector: Detector, image: UInt8[np.ndarray, "H W 3"], box: Box | None = None
+    detector: Detector,
+    image: UInt8[np.ndarray, "H W 3"],
+    box: Box | None = None,
+    focal_px: float | None = None,
 ) -> Detection:
     """Finds one person's joints.
 
@@ -118,6 +125,8 @@ def detect(
       detector: the detector.
       image: RGB.
       box: where the person is; only the part within the picture counts.
+      focal_px: the camera's focal length, if it is known; its axis goes through the picture's
+        centre.
 
     Raises:
       PredictionError: if the box lies outside of the picture, or nobody is there.
@@ -134,7 +143,12 @@ def detect(
             found = look(crops.square_crop(seen_px[None], scale))
     if found.is_found.sum() < _FEWEST_JOINTS:
         raise PredictionError(_nobody(found, box))
-    return found
+    if focal_px is None or found.crop is None:
+        return found
+    middle_px = found.crop.corner_px + found.crop.side_px[:, None] / 2
+    centre_px = np.array([[image.shape[1] / 2, image.shape[0] / 2]])
+    ray = cameras.rays(middle_px, np.array([focal_px]), centre_px)[0]
+    return dataclasses.replace(found, ray=ray)
 
 
 def _nobody(found: Detection, box: Box | None) -> str:

@@ -12,6 +12,8 @@ from jax import Array
 from jaxtyping import Float, Key
 from matplotlib.figure import Figure
 
+from diffpose_jax.data import cameras
+from diffpose_jax.data.motion import bodies
 from diffpose_jax.evaluation import calibration
 from diffpose_jax.evaluation.calibration import Calibration, SinglePose
 from diffpose_jax.inference import Model, check_heatmaps
@@ -19,7 +21,7 @@ from diffpose_jax.io import arrays, files
 from diffpose_jax.method.network import Draw
 from diffpose_jax.prediction.finder import Detection, PredictionError
 from diffpose_jax.report import figures, page
-from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
+from diffpose_jax.skeleton import H36M_JOINTS, H36M_PARENTS, MPII_JOINTS
 
 LEVEL = 0.9
 """The level of the radii of a model without a calibration."""
@@ -78,12 +80,41 @@ class Prediction:
       covariance_mm2: of each joint's hypotheses.
       chosen: the one pose made of them, and its radii.
       is_calibrated: whether the radii were fitted to data.
+      axes: "camera", or "crop" for those of a camera that looks at the crop's centre.
     """
 
     draw: Draw
     covariance_mm2: Float[np.ndarray, "17 3 3"]
     chosen: SinglePose
     is_calibrated: bool
+    axes: str
+
+    def in_camera_axes(self, ray: Float[np.ndarray, " 3"]) -> Prediction:
+        """Turned from the crop's axes to the camera's, to which the ray is that to the crop."""
+        turn = cameras.turns_to(ray[None])[0].T
+        return dataclasses.replace(
+            self,
+            axes="camera",
+            draw=self.draw.replace(poses_mm=self.draw.poses_mm @ np.float32(turn.T)),
+            covariance_mm2=np.float32(turn @ self.covariance_mm2 @ turn.T),
+            chosen=dataclasses.replace(
+                self.chosen, pose_mm=self.chosen.pose_mm @ np.float32(turn.T)
+            ),
+        )
+
+    def of_height(self, height_mm: float) -> Prediction:
+        """Scaled, with its radii, so that the chosen pose has the known stature."""
+        pose_mm = self.chosen.pose_mm
+        bones_mm = pose_mm - pose_mm[np.maximum(H36M_PARENTS, 0)]
+        scale = np.float32(height_mm / bodies.stature(bones_mm[None])[0])
+        return dataclasses.replace(
+            self,
+            draw=self.draw.replace(poses_mm=self.draw.poses_mm * scale),
+            covariance_mm2=self.covariance_mm2 * scale**2,
+            chosen=dataclasses.replace(
+                self.chosen, pose_mm=pose_mm * scale, radius_mm=self.chosen.radius_mm * scale
+            ),
+        )
 
 
 def predict(
@@ -121,6 +152,7 @@ def predict(
         covariance_mm2=covariance_mm2,
         chosen=SinglePose(pose_mm, radius_mm, used.level, method, used.meaning),
         is_calibrated=used is calibrated,
+        axes=model.config.data.axes,
     )
 
 
@@ -173,6 +205,7 @@ def contents(detection: Detection, prediction: Prediction) -> dict[str, np.ndarr
       * `poses_mm` (M, 17, 3) and `joint_names` (17,).
       * `pose_mm` (17, 3), the chosen pose, and `pose_method`.
       * `covariance_mm2` (17, 3, 3).
+      * `axes`: those of the poses, "camera", or "crop" of one that looks at the crop's centre.
       * `radius_mm` (17,), `radius_level`, and `radius_calibrated`: whether the level holds on
         data, or is the share of the hypotheses within the radius.
       * `heatmaps` (16, 64, 64) float16, `joints_2d_names` (16,) and `joints_2d_height` (16,),
@@ -188,6 +221,7 @@ def contents(detection: Detection, prediction: Prediction) -> dict[str, np.ndarr
         "pose_mm": np.float32(chosen.pose_mm),
         "pose_method": np.array(chosen.method),
         "covariance_mm2": np.float32(prediction.covariance_mm2),
+        "axes": np.array(prediction.axes),
         "radius_mm": np.float32(chosen.radius_mm),
         "radius_level": np.array(chosen.level),
         "radius_calibrated": np.array(prediction.is_calibrated),

@@ -65,3 +65,31 @@ def test_too_near_is_an_error():
     _, camera, points = draw(5, seed=0)
     with pytest.raises(ValueError, match="nothing nearer than 100 mm"):
         cameras.project(cameras.world_to_camera(points, camera) * [1, 1, -1], camera)
+
+
+def test_a_ray_leads_to_its_pixel():
+    _, camera, points = draw(20, seed=3)
+    seen = cameras.world_to_camera(points, camera)
+    pixels = cameras.project(seen, camera)
+    found = cameras.rays(pixels[:, 5], camera.focal_px, camera.centre_px)
+    expected = seen[:, 5] / np.linalg.norm(seen[:, 5], axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_turned_poses_are_those_of_a_camera_that_looks_along_the_ray():
+    rng = np.random.default_rng(4)
+    rays = rng.normal(size=(50, 3)) * [0.4, 0.4, 0.0] + [0, 0, 1]
+    rays[0] = [0, 0, 1]
+    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+    turns = cameras.turns_to(rays)
+    np.testing.assert_allclose(turns[0], np.eye(3), atol=1e-12)
+    identity = np.broadcast_to(np.eye(3), turns.shape)
+    np.testing.assert_allclose(turns @ turns.swapaxes(1, 2), identity, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.det(turns), 1.0)
+    # A point on the ray lies straight ahead, which is along -z in a pose's axes.
+    points = np.stack([np.zeros_like(rays), 700 * rays], axis=1)
+    ahead = cameras.output_pose(points) @ turns.swapaxes(1, 2)
+    np.testing.assert_allclose(ahead[:, 1], np.tile([0, 0, -700], (50, 1)), atol=1e-9)
+    # No turn that does this is smaller.
+    angle = np.arccos((np.trace(turns, axis1=1, axis2=2) - 1) / 2)
+    np.testing.assert_allclose(angle[1:], np.arccos(rays[1:, 2]), atol=1e-6)

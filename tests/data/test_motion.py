@@ -53,7 +53,7 @@ def test_decoded_examples_are_the_rendered_blobs(prepared):
         assert example["heatmaps"].shape == (16, 64, 64)
         assert example["heatmaps"].dtype == np.float32
         np.testing.assert_array_equal(example["heatmaps"], simulator.render(everything["blobs"][i]))
-        for key in ("pose_mm", "keypoints_xy", "hidden"):
+        for key in ("pose_mm", "keypoints_xy", "hidden", "ray"):
             np.testing.assert_array_equal(example[key], everything[key][i])
             assert everything[key].dtype == example[key].dtype
         assert example["clip"].decode() == everything["clip"][i]

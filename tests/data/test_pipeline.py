@@ -10,7 +10,7 @@ from scipy import stats
 from small import examples, network, parsed, small_config, write_motion
 
 from diffpose_jax.config import ConfigError
-from diffpose_jax.data import motion, pipeline, simulator
+from diffpose_jax.data import cameras, motion, pipeline, simulator
 from diffpose_jax.method import heatmaps as heatmaps_lib
 from diffpose_jax.method import network as network_lib
 
@@ -238,3 +238,24 @@ def test_load(tmp_path):
     maps = test.heatmaps(rows)
     assert maps.dtype == np.float32
     assert (maps == simulator.render(columns["blobs"][rows])).all()
+
+
+def test_poses_in_the_axes_of_the_crop(tmp_path):
+    """They fit the crop's picture better than those in the axes of the camera."""
+    config = small_config()
+    config.data.builder.source = str(write_motion(tmp_path / "motion"))
+    config.data.builder.camera.update(offset_mm=2000.0, distance_mm_max=4500.0)
+    in_camera = pipeline.load(parsed(config).data, "test", tmp_path / "data")
+    config.data.axes = "crop"
+    in_crop = pipeline.load(parsed(config).data, "test", tmp_path / "data")
+    columns = motion.read_all(motion.prepare(config.data.builder, tmp_path / "data"), "test")
+    turned = in_crop.pose_mm @ cameras.turns_to(columns["ray"])
+    np.testing.assert_allclose(turned, in_camera.pose_mm, atol=1e-3)
+
+    def distance(poses_mm):
+        image = columns["keypoints_xy"] - columns["keypoints_xy"].mean(1, keepdims=True)
+        plane = (poses_mm - poses_mm.mean(1, keepdims=True))[..., :2] * [1, -1]
+        scale = (plane * image).sum((1, 2)) / (plane**2).sum((1, 2))
+        return np.linalg.norm(scale[:, None, None] * plane - image, axis=-1).mean()
+
+    assert distance(in_crop.pose_mm) < 0.6 * distance(in_camera.pose_mm)

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from diffpose_jax.io import pictures
 from diffpose_jax.io.pictures import PictureError
@@ -217,3 +217,13 @@ def test_find_gives_pictures_alone_in_order(tmp_path):
     assert [path.name for path in pictures.find(tmp_path)] == ["a.png", "b.JPG", "e.heic"]
     with pytest.raises(PictureError, match=r"f\.png holds no pictures"):
         pictures.find(tmp_path / "f.png")
+
+
+@pytest.mark.parametrize(("tag", "expected"), [(28, 28 / np.hypot(36, 24) * 500), (0, None)])
+def test_the_focal_length_of_a_camera(tmp_path, tag, expected):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = tag
+    Image.new("RGB", (400, 300)).save(tmp_path / "a.jpg", exif=exif)
+    assert pictures.focal_px(tmp_path / "a.jpg") == (expected and pytest.approx(expected))
+    Image.new("RGB", (400, 300)).save(tmp_path / "b.jpg")
+    assert pictures.focal_px(tmp_path / "b.jpg") is None

@@ -91,3 +91,13 @@ def test_joints_in_one_place_are_nobody():
 def test_boxes_that_cannot_be(text, message):
     with pytest.raises(PredictionError, match=message):
         Box.parse(text).crop(np.zeros((200, 300, 3), np.uint8))
+
+
+def test_the_ray_to_the_crop():
+    """Of a pinhole camera that looks through the middle of the picture."""
+    xy = person(3, (240, 60), (370, 270), 12)
+    found = detect(ColourDetector(), picture(300, 400, xy, size=12), focal_px=500.0)
+    x, y = found.crop.corner_px[0] + found.crop.side_px[0] / 2
+    expected = np.array([x - 200, y - 150, 500])
+    np.testing.assert_allclose(found.ray, expected / np.linalg.norm(expected), atol=1e-12)
+    assert detect(ColourDetector(), picture(300, 400, xy, size=12)).ray is None

@@ -1,5 +1,6 @@
 """From heatmaps to poses in files: what is written, and what is refused."""
 
+import dataclasses
 import functools
 import io
 import re
@@ -17,14 +18,14 @@ from PIL import Image
 from small import random_heatmaps, small_model
 
 from diffpose_jax import detectors, inference
-from diffpose_jax.data import prepared
+from diffpose_jax.data import cameras, prepared
 from diffpose_jax.evaluation import calibration
 from diffpose_jax.evaluation.calibration import Calibration
 from diffpose_jax.io.pictures import PictureError
 from diffpose_jax.prediction import finder, predict
 from diffpose_jax.prediction.finder import Detection, PredictionError
 from diffpose_jax.report import figures
-from diffpose_jax.skeleton import H36M_JOINTS, MPII_JOINTS
+from diffpose_jax.skeleton import H36M_JOINTS, H36M_PARENTS, MPII_JOINTS
 
 program = programs.load("predict")
 
@@ -115,7 +116,7 @@ def test_contents():
     arrays = predict.contents(detection, found)
     shapes = {
         "poses_mm": (5, 17, 3), "joint_names": (17,), "pose_mm": (17, 3), "pose_method": (),
-        "covariance_mm2": (17, 3, 3), "radius_mm": (17,), "radius_level": (),
+        "covariance_mm2": (17, 3, 3), "axes": (), "radius_mm": (17,), "radius_level": (),
         "radius_calibrated": (), "heatmaps": (16, 64, 64), "joints_2d_names": (16,),
         "joints_2d_height": (16,), "crop_corner_px": (2,), "crop_side_px": (),
         "joints_2d_px": (16, 2),
@@ -124,7 +125,7 @@ def test_contents():
     assert (arrays["poses_mm"].dtype, arrays["heatmaps"].dtype) == (np.float32, np.float16)
     assert arrays["joint_names"].tolist() == list(H36M_JOINTS)
     assert arrays["joints_2d_names"].tolist() == list(MPII_JOINTS)
-    assert arrays["pose_method"] == "mode"
+    assert (arrays["pose_method"], arrays["axes"]) == ("mode", "camera")
     assert not arrays["radius_calibrated"]
     np.testing.assert_array_equal(arrays["joints_2d_px"], np.float32(detection.joints_px))
     arrays = predict.contents(Detection(detection.heatmaps * np.float32(1e6)), found)
@@ -132,7 +133,33 @@ def test_contents():
     assert set(shapes) - set(arrays) == {"crop_corner_px", "crop_side_px", "joints_2d_px"}
 
 
+def test_poses_turned_to_the_camera_and_of_a_known_height():
+    found = predict.predict(small_model(), KEY, random_heatmaps(2, 1)[0], 5, "mean")
+    ray = np.array([0.48, -0.6, 0.64])
+    turned = dataclasses.replace(found, axes="crop").in_camera_axes(ray)
+    assert turned.axes == "camera"
+    turn = cameras.turns_to(ray[None])[0]
+    back = turned.draw.poses_mm @ turn.T
+    np.testing.assert_allclose(back, found.draw.poses_mm, rtol=1e-5, atol=1e-2)
+    scaled = turned.of_height(1600.0)
+    standing = ("LAnkle", "LKnee", "Spine", "Thorax", "Nose", "Head")
+    joints = [H36M_JOINTS.index(name) for name in standing]
+    parents = [H36M_PARENTS[joint] for joint in joints]
+    bones = scaled.chosen.pose_mm[joints] - scaled.chosen.pose_mm[parents]
+    assert 1.05 * np.linalg.norm(bones, axis=1).sum() == pytest.approx(1600, rel=1e-5)
+    # The covariance and the radii go with the hypotheses.
+    poses = np.float64(scaled.draw.poses_mm)
+    expected = np.stack([np.cov(poses[:, joint].T, bias=True) for joint in range(17)])
+    of_found = np.cov(np.float64(found.draw.poses_mm)[:, 3].T, bias=True)
+    bias = found.covariance_mm2[3, 0, 0] / of_found[0, 0]  # 1, or M / (M - 1)
+    np.testing.assert_allclose(scaled.covariance_mm2, bias * expected, rtol=1e-3, atol=0.1)
+    ratio = scaled.chosen.radius_mm[1:] / found.chosen.radius_mm[1:]
+    sizes = [np.linalg.norm(each.draw.poses_mm) for each in (scaled, found)]
+    np.testing.assert_allclose(ratio, sizes[0] / sizes[1], rtol=1e-5)
+
+
 DEFAULTS = dict.fromkeys(("image", "heatmaps", "lsp", "data_dir", "detector", "solver"))
+DEFAULTS |= dict.fromkeys(("focal_px", "height_mm"))
 DEFAULTS |= {"box": []}
 DEFAULTS |= {"checkpoint": "small", "num_hypotheses": 5, "pose": "heatmap_agreement", "seed": 0}
 
@@ -182,7 +209,7 @@ def test_people_in_a_picture(command, tmp_path, capsys):
     assert "not calibrated on data" in printed
 
     # One box alone: into the output itself.
-    command(image=path, detector="colours", box=boxes[1:], pose="mode", seed=3)
+    command(image=path, detector="colours", box=boxes[1:], pose="mode", seed=3, height_mm=1234.0)
     alone = written(output)
     np.testing.assert_array_equal(alone["heatmaps"], arrays["heatmaps"])
     assert alone["pose_method"] == "mode"

@@ -101,9 +101,9 @@ def vary_bodies(
     parents = np.array(H36M_PARENTS[1:])
     bones = np.zeros(positions_mm.shape)
     bones[:, 1:] = positions_mm[:, 1:] - positions_mm[:, parents]
-    lowest = positions_mm[..., 2].min(-1) * height / _stature(bones)
+    lowest = positions_mm[..., 2].min(-1) * height / stature(bones)
     bones *= factors[..., None]
-    bones *= (height / _stature(bones))[:, None, None]
+    bones *= (height / stature(bones))[:, None, None]
 
     varied = positions_mm + np.zeros(bones.shape)
     for joint in range(1, NUM_JOINTS):
@@ -112,6 +112,6 @@ def vary_bodies(
     return np.where(mirrored[:, None, None], mirror_poses(varied), varied)
 
 
-def _stature(bones: Float[np.ndarray, "B 17 3"]) -> Float[np.ndarray, " B"]:
+def stature(bones: Float[np.ndarray, "B 17 3"]) -> Float[np.ndarray, " B"]:
     """Stature in mm, were the body to stand, from the bones to each joint."""
     return _STATURE_FACTOR * np.linalg.norm(bones[:, STATURE_JOINTS], axis=-1).sum(-1)

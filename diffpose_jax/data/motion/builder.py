@@ -115,7 +115,7 @@ def decode_blobs(data: bytes) -> Float32[np.ndarray, "16 R 5"]:
 class Motion(tfds.core.GeneratorBasedBuilder):
     """Poses from motion capture with simulated heatmaps of a 2D detector."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def __init__(self, config: MotionConfig, data_dir: str | Path | None = None) -> None:
         self._motion = config
@@ -129,6 +129,7 @@ class Motion(tfds.core.GeneratorBasedBuilder):
             "pose_mm": prepared.POSE,
             "keypoints_xy": tensor(shape=(17, 2), dtype=np.float32, doc="true projections, cells"),
             "hidden": tensor(shape=(16,), dtype=np.bool_, doc="behind another body part"),
+            "ray": tensor(shape=(3,), dtype=np.float32, doc="to the crop's centre, see `cameras`"),
             "clip": tfds.features.Text(doc="name of the recording"),
             "frame": tfds.features.Scalar(np.int32, doc="frame of the clip, as thinned"),
         }
@@ -185,8 +186,8 @@ def make_examples(
 ) -> dict[str, np.ndarray]:
     """Makes one example of each pose in the world (z up, the floor at z = 0).
 
-    They are `heatmaps` as blobs (B, 16, R, 5), `pose_mm` (B, 17, 3), `keypoints_xy` (B, 17, 2), all
-    float32, and `hidden` (B, 16) bool.
+    They are `heatmaps` as blobs (B, 16, R, 5), `pose_mm` (B, 17, 3), `keypoints_xy` (B, 17, 2) and
+    `ray` (B, 3), all float32, and `hidden` (B, 16) bool.
     """
     world = vary_bodies(rng, positions_mm, config.body)
     camera = cameras.sample_cameras(rng, world[:, 0], config.camera)
@@ -195,11 +196,13 @@ def make_examples(
     crop = _disturb(rng, crops.square_crop(pixels), config.crop)
     keypoints = crops.pixels_to_cells(pixels, *crop)
     detections = simulator.simulate(rng, points, keypoints, config.simulator)
+    middle_px = crop.corner_px + crop.side_px[:, None] / 2
     return {
         "heatmaps": detections.blobs,
         "pose_mm": cameras.output_pose(points).astype(np.float32),
         "keypoints_xy": keypoints.astype(np.float32),
         "hidden": detections.hidden,
+        "ray": cameras.rays(middle_px, camera.focal_px, camera.centre_px).astype(np.float32),
     }
 
 
@@ -237,11 +240,11 @@ def read_all(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.ndar
     """Reads a split, such as "test" or "train[:10%]", of a prepared builder without rendering it.
 
     The columns are `blobs` (N, 16, R, 5), `pose_mm` (N, 17, 3), `keypoints_xy` (N, 17, 2), `hidden`
-    (N, 16), `clip` (N,) and `frame` (N,), in the stored (shuffled) order.
+    (N, 16), `ray` (N, 3), `clip` (N,) and `frame` (N,), in the stored (shuffled) order.
     """
     source = builder.as_data_source(split, decoders={"heatmaps": tfds.decode.SkipDecoding()})
     rows = source.__getitems__(range(len(source)))
-    columns = ("pose_mm", "keypoints_xy", "hidden")
+    columns = ("pose_mm", "keypoints_xy", "hidden", "ray")
     return {
         **{name: np.stack([row[name] for row in rows]) for name in columns},
         "blobs": np.stack([decode_blobs(row["heatmaps"]) for row in rows]),
