@@ -89,6 +89,7 @@ class SimulatorConfig:
     missed_hidden: float = 0.006
     confusion: float = 0.02  # chance to confuse the arms, or the legs, of a person from the front
     confusion_behind: float = 0.1  # the same from behind; in between it is interpolated
+    confusion_together: float = 0.0  # chance that arms and legs are, a front taken for a back
     neighbour: float = 0.01  # chance of a second mode on a neighbouring joint
     neighbour_hidden: float = 0.1
     clutter: float = 0.01  # chance of a second mode anywhere
@@ -98,7 +99,8 @@ class SimulatorConfig:
 
     def __post_init__(self) -> None:
         chances = ["hidden_unsure", "missed", "missed_hidden", "confusion", "confusion_behind"]
-        chances += ["neighbour", "neighbour_hidden", "clutter", "clutter_hidden"]
+        chances += ["confusion_together", "neighbour", "neighbour_hidden"]
+        chances += ["clutter", "clutter_hidden"]
         check_range(self, **dict.fromkeys(chances, (0, 1)), error_tail=(0.1, 1e9), sigma=(0.1, 64))
 
 
@@ -204,6 +206,10 @@ def simulate(
     for limb in (_ARMS, _LEGS):
         confused = rng.random(B) < chance * quality[:, 0]
         mirrored += limb * (confused * rng.beta(0.8, 1.6, B))[:, None]
+    if config.confusion_together:
+        together = rng.random(B) < config.confusion_together * quality[:, 0]
+        share = (together * rng.beta(0.8, 1.6, B))[:, None]
+        mirrored = np.maximum(mirrored, (_ARMS | _LEGS) * share)
     mirrored = np.clip(mirrored * rng.uniform(0.8, 1.2, shape), 0.0, 1.0) * ~cut
     confused_with = truth[:, MPII_MIRROR] + scale[..., None] * rng.standard_normal((B, J, 2))
     blobs = [

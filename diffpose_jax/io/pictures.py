@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -41,8 +42,8 @@ class PictureError(ValueError):
     """A picture cannot be read; the message names the file and says why."""
 
 
-def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
-    """Reads a picture as it is meant to be seen.
+def read(path: str | os.PathLike[str], content: bytes | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """Reads a picture as it is meant to be seen, from a file or from what a file would hold.
 
     The EXIF orientation is applied; transparent parts are put on white, as a browser shows them;
     of 16 bits the upper eight count; CMYK and palettes become RGB without a colour profile. Of an
@@ -52,7 +53,7 @@ def read(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
       PictureError: if it is of another kind, damaged, too large (found before it is decoded) or
         too small.
     """
-    with _opened(Path(path)) as picture:
+    with _opened(Path(path), content) as picture:
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
             logging.warning("%s is animated: only its first frame is read", path)
         picture.load()
@@ -97,9 +98,9 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """Opens a picture of a good size; whatever goes wrong in the context is told of the file."""
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise PictureError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]  # those that this Pillow has
@@ -107,7 +108,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Pillow warns of damaged metadata, which does not matter, and of half its own limit.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=formats) as picture:
+            source = path if content is None else io.BytesIO(content)
+            with Image.open(source, formats=formats) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
                     raise Image.DecompressionBombError

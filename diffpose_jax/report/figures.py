@@ -28,6 +28,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, NullLocator
 from scipy import ndimage
 
+from diffpose_jax.data.simulator_fit import Measured
 from diffpose_jax.evaluation.calibration import SinglePose
 from diffpose_jax.io.files import write_atomic
 from diffpose_jax.method.heatmaps import Candidates
@@ -296,6 +297,48 @@ def plot_reliability(results: Mapping[str, Any]) -> Figure:
     figure.legend(handles=balls.get_lines()[1:], loc="outside lower right", ncols=4, handlelength=3)
     title = f"Model, all frames: PIT error {model['pit_error']:.3f}"
     figure.suptitle(title, x=0.008, ha="left")
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def plot_detector(real: Measured, simulated: Measured) -> Figure:
+    """Shows what was measured of a detector's heatmaps and of those of its simulation.
+
+    Each panel has the shares of the joints whose number is at most that of the axis.
+    """
+    figure = Figure(figsize=(13.2, 3.6), layout="constrained")
+    panels = {
+        "height": "height",
+        "width": "width, cells",
+        "error": "error of the highest cell, cells",
+        "second": "second mode's height over the first's",
+        "floor": "deviation far from the joint",
+    }
+    kinds = {"real": (real, "-"), "simulated": (simulated, (0, (4, 2)))}
+    colours = {"seen": METHOD_COLOURS["model"], "hidden": GROUP_COLOURS["right leg"]}
+    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        largest = 0.0
+        for kind, (measured, style) in kinds.items():
+            for where, colour in colours.items():
+                values = getattr(measured, name)[measured.hidden == (where == "hidden")]
+                values = np.sort(values[np.isfinite(values)])
+                if values.size:
+                    shares = np.arange(1, values.size + 1) / values.size
+                    look: dict[str, Any] = {"color": colour, "ls": style, "lw": 1.2}
+                    axes.plot(values, shares, label=f"{where}, {kind}", **look)
+                    largest = max(largest, float(np.quantile(values, 0.97)))
+        axes.set(xlim=(0, largest or 1.0), ylim=(0, 1), xlabel=label)
+    first = figure.axes[0]
+    first.set_ylabel("share of the joints")
+    figure.legend(handles=first.get_lines(), loc="outside lower left", ncols=4, handlelength=3)
+    shares = [np.mean(m.exchanged > 0.5, axis=0) for m in (real, simulated)]
+    (arms, legs), (their_arms, their_legs) = shares
+    figure.suptitle(
+        f"Left and right exchanged: arms {arms:.1%} (simulated {their_arms:.1%}), legs {legs:.1%}"
+        f" ({their_legs:.1%})",
+        x=0.008,
+        ha="left",
+    )
     return figure
 
 
