@@ -5,7 +5,9 @@
     python -m experiments.prepare --dataset mpi_inf_3dhp --source DIR --detector hrnet
     python -m experiments.prepare --dataset lsp --source DIR --detector hrnet
     python -m experiments.prepare --dataset motion --source DIR --motion.fps=20
+    python -m experiments.prepare --dataset motion --source DIR --clean OUT [--clips LIST.txt]
 
+The last one writes clean motion for `--config.data.builder.source=OUT`; the others write examples.
 `--detector` is a folder that `experiments.convert` wrote. `--NAME.FIELD=VALUE` changes what a data
 set depends on. Stopped and started again, it goes on with the parts that are not finished.
 """
@@ -22,10 +24,11 @@ from ml_collections import config_flags
 
 import experiments
 from diffpose_jax import detectors
-from diffpose_jax.config import ConfigError
+from diffpose_jax.config import ConfigError, parse
 from diffpose_jax.data import motion
 from diffpose_jax.data.human36m import Human36m
 from diffpose_jax.data.lsp import Lsp
+from diffpose_jax.data.motion import cleaning
 from diffpose_jax.data.mpi_inf_3dhp import MpiInf3dhp
 
 BUILDERS = {builder.name: builder for builder in (Human36m, MpiInf3dhp, Lsp)}
@@ -49,6 +52,8 @@ DTYPE = flags.DEFINE_enum(
     "detector_dtype", "float32", ["float32", "bfloat16"], "Type of the detector's products."
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to; default: where TFDS keeps data sets.")
+CLEAN = flags.DEFINE_string("clean", None, "Folder for cleaned motion; no data set is prepared.")
+CLIPS = flags.DEFINE_string("clips", None, "With --clean: list of the recordings, one a line.")
 FIELDS = {name: _flag(name, config) for name, config in CONFIGS.items()}
 
 
@@ -56,8 +61,17 @@ def main(_: list[str]) -> None:
     """Prepares the data set."""
     if DATASET.value is None or SOURCE.value is None:
         raise app.UsageError("--dataset and --source are needed")
+    if CLEAN.value is not None and DATASET.value != "motion":
+        raise app.UsageError("--clean is for --dataset motion")
+    if CLIPS.value is not None and CLEAN.value is None:
+        raise app.UsageError("--clips needs --clean")
     fields, detector = FIELDS[DATASET.value].value, None
     try:
+        if CLEAN.value is not None:
+            fps = parse(motion.MotionConfig, fields, "motion").fps
+            counts = cleaning.clean_folder(SOURCE.value, CLEAN.value, fps, CLIPS.value)
+            print("\n".join(f"{count:10,} {what}" for what, count in counts.items()))
+            return
         if DATASET.value == "motion":
             fields.source = SOURCE.value
             builder = motion.prepare(fields, DATA_DIR.value)

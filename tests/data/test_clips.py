@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from motion_files import cmu_bvh, cmu_frame, lafan1, write_cmu
 
-from diffpose_jax.data.motion import clips, make
+from diffpose_jax.data.motion import bodies, clips, make
 from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS, H36M_LEFT, H36M_RIGHT
 
 JOINT = {name: index for index, name in enumerate(H36M_JOINTS)}
@@ -43,7 +43,7 @@ def test_clips_keep_the_conventions(clip):
     assert positions_mm[..., 2].max() < 2500
     parents, joints = np.array(H36M_BONES).T
     lengths = np.linalg.norm(positions_mm[:, joints] - positions_mm[:, parents], axis=-1)
-    expected = [make.BONES_MM[H36M_JOINTS[joint]] for joint in joints]
+    expected = [bodies.BONES_MM[H36M_JOINTS[joint]] for joint in joints]
     np.testing.assert_allclose(lengths, np.broadcast_to(expected, lengths.shape), atol=0.2)
 
 
@@ -123,15 +123,15 @@ def test_humanoid_joints_rotate_about_their_parents():
 def test_retargeting_keeps_directions_and_puts_the_feet_on_the_floor():
     rng = np.random.default_rng(11)
     points = rng.normal(loc=[3.0, -2.0, 9.0], size=(40, 17, 3))
-    body = make.retarget(points)
+    body = bodies.retarget(points)
     for parent, joint in H36M_BONES:
         before, after = points[:, joint] - points[:, parent], body[:, joint] - body[:, parent]
         cosine = np.sum(before * after, -1) / np.linalg.norm(before, axis=-1)
-        np.testing.assert_allclose(cosine, make.BONES_MM[H36M_JOINTS[joint]], rtol=1e-9)
-    standing = make.retarget(np.repeat(points[:1], 5, axis=0) * 0.01)
-    clearance = standing[0, :, 2] - [make.CLEARANCE_MM[name] for name in H36M_JOINTS]
+        np.testing.assert_allclose(cosine, bodies.BONES_MM[H36M_JOINTS[joint]], rtol=1e-9)
+    standing = bodies.retarget(np.repeat(points[:1], 5, axis=0) * 0.01)
+    clearance = standing[0, :, 2] - [bodies.CLEARANCE_MM[name] for name in H36M_JOINTS]
     assert clearance.min() == pytest.approx(0, abs=1e-9)
-    np.testing.assert_allclose(make.retarget(points * 7), body, atol=1e-6)  # in any unit
+    np.testing.assert_allclose(bodies.retarget(points * 7), body, atol=1e-6)  # in any unit
 
 
 def test_script_writes_an_archive_from_a_wheel_and_a_folder(tmp_path, monkeypatch, capsys):

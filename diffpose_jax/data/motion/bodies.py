@@ -1,4 +1,4 @@
-"""Augmentation of recorded poses in the world: bodies of other proportions, mirrored, exchanged."""
+"""Bodies of recorded poses in the world: the standard one; others, mirrored and exchanged ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,27 @@ import numpy as np
 from jaxtyping import Float
 
 from diffpose_jax.config import check_range
-from diffpose_jax.skeleton import H36M_JOINTS, H36M_MIRROR, H36M_PARENTS, NUM_JOINTS
+from diffpose_jax.skeleton import (
+    H36M_BONES,
+    H36M_JOINTS,
+    H36M_MIRROR,
+    H36M_PARENTS,
+    NUM_JOINTS,
+)
+
+BONES_MM = {
+    "RHip": 133, "RKnee": 443, "RAnkle": 454, "LHip": 133, "LKnee": 443, "LAnkle": 454,
+    "Spine": 233, "Thorax": 257, "Nose": 121, "Head": 115, "LShoulder": 151, "LElbow": 279,
+    "LWrist": 252, "RShoulder": 151, "RElbow": 279, "RWrist": 252,
+}  # fmt: skip
+"""Length of the bone that ends in each joint: the Human3.6M skeleton, to the millimetre."""
+
+CLEARANCE_MM = {
+    "Hip": 100, "RHip": 90, "RKnee": 55, "RAnkle": 80, "LHip": 90, "LKnee": 55, "LAnkle": 80,
+    "Spine": 90, "Thorax": 80, "Nose": 40, "Head": 20, "LShoulder": 70, "LElbow": 40,
+    "LWrist": 30, "RShoulder": 70, "RElbow": 40, "RWrist": 30,
+}  # fmt: skip
+"""Height of each joint when the body part around it rests on the floor."""
 
 # Bones, named by their lower joint, that share one factor: always left with right.
 _BONE_GROUPS: tuple[tuple[str, ...], ...] = (
@@ -42,6 +62,28 @@ class BodyConfig:
     def __post_init__(self) -> None:
         check_range(self, bone_std=(0, 1), mirror=(0, 1), exchange=(0, 1))
         check_range(self, height_mm_min=(100, self.height_mm_max))
+
+
+def retarget(points: Float[np.ndarray, "F 17 3"]) -> Float[np.ndarray, "F 17 3"]:
+    """Puts the standard body, in millimetres, into the poses of another one, in any unit; z is up.
+
+    Every bone keeps its direction and gets its length from `BONES_MM`. The hip keeps its height in
+    units of the legs, so that the feet stay where they were, and the clip is then moved vertically
+    until the lowest body part touches the floor (`CLEARANCE_MM`) in its lowest frames. The
+    horizontal position of the hip is zero.
+    """
+    leg = np.linalg.norm(np.diff(points[:, 1:4], axis=1), axis=-1).sum(1)  # hip, knee, ankle
+    scale = (BONES_MM["RKnee"] + BONES_MM["RAnkle"]) / np.median(leg)
+    body = np.zeros(points.shape)
+    body[:, 0, 2] = scale * points[:, 0, 2]
+    for parent, joint in H36M_BONES:
+        bone = points[:, joint] - points[:, parent]
+        bone *= BONES_MM[H36M_JOINTS[joint]] / np.linalg.norm(bone, axis=-1, keepdims=True)
+        body[:, joint] = body[:, parent] + bone
+    clearance = np.array([CLEARANCE_MM[name] for name in H36M_JOINTS], np.float64)
+    # A low quantile rather than the minimum: single frames of the sources sink into the floor.
+    body[..., 2] -= np.quantile((body[..., 2] - clearance).min(axis=1), 0.02)
+    return body
 
 
 def mirror_poses(positions_mm: Float[np.ndarray, "*B 17 3"]) -> Float[np.ndarray, "*B 17 3"]:

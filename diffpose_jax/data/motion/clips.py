@@ -27,6 +27,9 @@ from diffpose_jax.skeleton import H36M_JOINTS, NUM_JOINTS
 ARCHIVE = Path(__file__).with_name("mocap.npz")
 """The clips that come with the package, made by `make.py`."""
 
+TEST_FOLDER = "test"
+"""Sub-folder of a user's folder: all motion under it is for testing."""
+
 _STATURE_MM = (1000.0, 2300.0)
 _LOWEST_FLOOR_MM = -300.0
 _FARTHEST_MM = 1e6
@@ -119,6 +122,29 @@ def thin(clip: Clip, fps: float) -> Clip:
     return dataclasses.replace(clip, fps=clip.fps / stride, positions_mm=positions_mm)
 
 
+def find_files(folder: str | Path) -> dict[str, Path]:
+    """Finds all motion files under a folder, by the names that `read_folder` gives their clips.
+
+    Raises:
+      ValueError: there are none, or two have one name.
+    """
+    folder = Path(folder)
+    named: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+            continue
+        base = folder / TEST_FOLDER if folder / TEST_FOLDER in path.parents else folder
+        name = path.relative_to(base).with_suffix("").as_posix()
+        if name in named:
+            raise ValueError(
+                f"{path} and {named[name]} have the same clip name {name!r}; rename or remove one"
+            )
+        named[name] = path
+    if not named:
+        raise ValueError(f"no motion files under {folder}; it must hold {', '.join(_SUFFIXES)}")
+    return named
+
+
 def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -> list[Clip]:
     """Reads all motion files under a folder and divides them into train and test, by clip.
 
@@ -138,20 +164,7 @@ def read_folder(folder: str | Path, *, fps: float = 0.0, test_clips: str = "") -
         a file cannot be read.
     """
     folder = Path(folder)
-    test_folder = folder / "test"
-    named: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
-            continue
-        base = test_folder if test_folder in path.parents else folder
-        name = path.relative_to(base).with_suffix("").as_posix()
-        if name in named:
-            raise ValueError(
-                f"{path} and {named[name]} have the same clip name {name!r}; rename or remove one"
-            )
-        named[name] = path
-    if not named:
-        raise ValueError(f"no motion files under {folder}; it must hold {', '.join(_SUFFIXES)}")
+    test_folder, named = folder / TEST_FOLDER, find_files(folder)
     matching = {name for name in named if fnmatch.fnmatchcase(name, test_clips)}
     if test_clips and not matching:
         raise ValueError(

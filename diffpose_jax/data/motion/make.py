@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 
+from diffpose_jax.data.motion.bodies import retarget
 from diffpose_jax.data.motion.bvh import read_bvh
 from diffpose_jax.data.motion.clips import Clip
 from diffpose_jax.data.motion.skeletons import to_h36m
-from diffpose_jax.skeleton import H36M_BONES, H36M_JOINTS
 
 TEST_CLIPS = {
     "humanoid3d_dance_b", "humanoid3d_jump", "humanoid3d_punch", "humanoid3d_walk",
@@ -40,20 +40,6 @@ LEFT_OUT = {
 
 UNIT_MM = 0.1
 """Positions are stored as int16 multiples of this: up to 3.27 m, finer than the capture."""
-
-BONES_MM = {
-    "RHip": 133, "RKnee": 443, "RAnkle": 454, "LHip": 133, "LKnee": 443, "LAnkle": 454,
-    "Spine": 233, "Thorax": 257, "Nose": 121, "Head": 115, "LShoulder": 151, "LElbow": 279,
-    "LWrist": 252, "RShoulder": 151, "RElbow": 279, "RWrist": 252,
-}  # fmt: skip
-"""Length of the bone that ends in each joint: the Human3.6M skeleton, to the millimetre."""
-
-CLEARANCE_MM = {
-    "Hip": 100, "RHip": 90, "RKnee": 55, "RAnkle": 80, "LHip": 90, "LKnee": 55, "LAnkle": 80,
-    "Spine": 90, "Thorax": 80, "Nose": 40, "Head": 20, "LShoulder": 70, "LElbow": 40,
-    "LWrist": 30, "RShoulder": 70, "RElbow": 40, "RWrist": 30,
-}  # fmt: skip
-"""Height of each joint when the body part around it rests on the floor."""
 
 HUMANOID_JOINTS = (
     ("root", "chest", 4), ("chest", "neck", 4),
@@ -97,28 +83,6 @@ def write(clips: list[Clip], path: Path) -> None:
         names=np.array([clip.name for clip in clips]),
         splits=np.array([clip.split for clip in clips]),
     )
-
-
-def retarget(points: Float[np.ndarray, "F 17 3"]) -> Float[np.ndarray, "F 17 3"]:
-    """Puts the standard body, in millimetres, into the poses of another one, in any unit; z is up.
-
-    Every bone keeps its direction and gets its length from `BONES_MM`. The hip keeps its height in
-    units of the legs, so that the feet stay where they were, and the clip is then moved vertically
-    until the lowest body part touches the floor (`CLEARANCE_MM`) in its lowest frames. The
-    horizontal position of the hip is zero.
-    """
-    leg = np.linalg.norm(np.diff(points[:, 1:4], axis=1), axis=-1).sum(1)  # hip, knee, ankle
-    scale = (BONES_MM["RKnee"] + BONES_MM["RAnkle"]) / np.median(leg)
-    body = np.zeros(points.shape)
-    body[:, 0, 2] = scale * points[:, 0, 2]
-    for parent, joint in H36M_BONES:
-        bone = points[:, joint] - points[:, parent]
-        bone *= BONES_MM[H36M_JOINTS[joint]] / np.linalg.norm(bone, axis=-1, keepdims=True)
-        body[:, joint] = body[:, parent] + bone
-    clearance = np.array([CLEARANCE_MM[name] for name in H36M_JOINTS], np.float64)
-    # A low quantile rather than the minimum: single frames of the sources sink into the floor.
-    body[..., 2] -= np.quantile((body[..., 2] - clearance).min(axis=1), 0.02)
-    return body
 
 
 def _clip(name: str, fps: float, points: np.ndarray) -> Clip:
