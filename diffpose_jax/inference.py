@@ -228,10 +228,17 @@ def load(checkpoint: str | Path, weights: str | None = None) -> Model:
     return Model(*checkpoints.load(checkpoint, weights))
 
 
-def export(model: Model, directory: str | Path) -> None:
+def export(model: Model, directory: str | Path, half: bool = False) -> None:
     """Writes parameters, configuration and errors as a small checkpoint that `load` reads.
+
+    Args:
+      model: the model.
+      directory: a new folder.
+      half: whether to keep the parameters as float16, half the bytes; they are read as float32.
 
     Raises:
       CheckpointError: if the folder is there already.
     """
-    checkpoints.export(directory, model.params, model.config, model.data_fingerprint, model.errors)
+    checkpoints.export(
+        directory, model.params, model.config, model.data_fingerprint, model.errors, half
+    )

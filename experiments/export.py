@@ -1,6 +1,6 @@
 """Writes a trained model as a small checkpoint to give away.
 
-    python -m experiments.export --checkpoint runs/quickstart --output DIR
+    python -m experiments.export --checkpoint runs/quickstart --output DIR [--half]
     python -m experiments.export --checkpoint runs/quickstart --output DIR --stablehlo
 
 The second writes DIR/stablehlo, too: the sampler as a program for CPU and CUDA that jax runs
@@ -24,6 +24,7 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not be
 WEIGHTS = flags.DEFINE_enum(
     "weights", None, ["raw", "ema"], "Weights to write; default: the configuration's."
 )
+HALF = flags.DEFINE_bool("half", False, "Whether to write float16, half the bytes.")
 STABLEHLO = flags.DEFINE_bool("stablehlo", False, "Whether to write the sampler as StableHLO, too.")
 NUM_HYPOTHESES = flags.DEFINE_integer(
     "num_hypotheses",
@@ -56,7 +57,7 @@ def main(_: list[str]) -> None:
             NUM_HYPOTHESES.value or model.config.evaluation.num_hypotheses,
             model.parse_solver(SOLVER.value) if SOLVER.value else model.solver,
         )
-    inference.export(model, output)
+    inference.export(model, output, half=HALF.value)
     calibrations = Path(CHECKPOINT.value) / calibration.CALIBRATIONS
     if calibrations.exists():
         files.write_atomic(output / calibration.CALIBRATIONS, calibrations.read_bytes())

@@ -241,7 +241,8 @@ def load(checkpoint: str | Path, weights: str | None = None) -> Loaded:
     if not (folder / item).is_dir():
         raise CheckpointError(f"{folder} holds no {weights} weights")
     expected = jax.eval_shape(network.init, jax.random.key(0))
-    params = trees.read_trees(folder, {item: expected})[item]
+    stored = trees.read_trees(folder, {item: expected})[item]
+    params = jax.tree.map(np.float32, stored)  # an export may hold float16
     trees.check_sums(folder, {item: params}, metadata.get("crc32", {}))
     errors = find_errors((folder, *folder.absolute().parents[:2]), network, params)
     fingerprint = metadata.get("data_fingerprint", "")
@@ -290,12 +291,17 @@ def export(
     config: Config,
     data_fingerprint: str = "",
     errors: PredictionErrors | None = None,
+    half: bool = False,
 ) -> None:
     """Writes a model without the optimizer; see `inference.export`."""
     directory = Path(directory).absolute()
     trees.check_new(directory)
+    stored = jax.device_get(params)
+    if half:
+        stored = jax.tree.map(np.float16, stored)
+        params = jax.tree.map(np.float32, stored)  # as they are read
     items = {
-        _PARAMS: ocp.args.PyTreeSave(jax.device_get(params)),
+        _PARAMS: ocp.args.PyTreeSave(stored),
         _METADATA: ocp.args.JsonSave(_metadata(config, data_fingerprint, {_PARAMS: params})),
     }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

@@ -192,7 +192,7 @@ def export_with(tmp_path, monkeypatch):
     names = {"checkpoint": tmp_path / "model", "output": tmp_path / "export", "weights": None}
 
     def run(**flags):
-        defaults = {"stablehlo": False, "num_hypotheses": None, "solver": None}
+        defaults = {"half": False, "stablehlo": False, "num_hypotheses": None, "solver": None}
         for name, value in (names | defaults | flags).items():
             monkeypatch.setattr(program, name.upper(), types.SimpleNamespace(value=value))
         program.main([])

@@ -248,6 +248,16 @@ def with_errors(run_folder):
     return run_folder, errors
 
 
+def test_an_export_of_16_bits_is_the_rounded_model(with_errors, tmp_path):
+    run, errors = with_errors
+    model = diffpose_jax.load(run)
+    diffpose_jax.export(model, tmp_path / "half", half=True)
+    half = diffpose_jax.load(tmp_path / "half")
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), model.params)
+    assert_same_bits(half.params, jax.tree.map(np.float32, rounded))
+    assert_same_bits(half.errors, errors)
+
+
 def test_prediction_errors_are_of_the_weights_they_were_measured_on(with_errors):
     run, errors = with_errors
     for folder in (run, run / "checkpoints", run / "checkpoints" / "20"):
