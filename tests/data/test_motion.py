@@ -213,3 +213,39 @@ def test_exchange_takes_each_part_from_one_donor_turned_about_the_vertical():
         return np.arctan2(*hips[1::-1]) - np.arctan2(*shoulders[1::-1])
 
     np.testing.assert_allclose(np.cos(twist(mixed) - twist(donor[0])), 1.0, atol=1e-9)
+
+
+def test_bent_poses_keep_the_bones_the_hip_and_the_lowest_point():
+    poses = embedded_poses(400, seed=13)
+    bent = bodies.bend(np.random.default_rng(14), poses, 20.0)
+    before, after = bones_of(poses), bones_of(bent)
+    lengths = np.linalg.norm(before, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(after, axis=-1), lengths, rtol=1e-6)
+    np.testing.assert_array_equal(bent[:, 0, :2], poses[:, 0, :2])
+    np.testing.assert_allclose(bent[..., 2].min(1), poses[..., 2].min(1), atol=1e-9)
+    cosine = (before * after).sum(-1) / lengths**2
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    names = [H36M_JOINTS[child] for _, child in H36M_BONES]
+    # A bone's direction turns by two of the three components of a random turn.
+    assert np.median(angle[:, names.index("Spine")]) == pytest.approx(10 * 1.18, rel=0.1)
+    assert np.median(angle[:, names.index("RKnee")]) == pytest.approx(20 * 1.18, rel=0.1)
+    assert angle[:, names.index("RHip")].max() < 1e-3
+    same = bodies.bend(np.random.default_rng(14), poses, 0.0)
+    np.testing.assert_allclose(same, poses, atol=1e-6)
+
+
+def test_knees_and_elbows_bend_in_their_plane_and_not_backwards(monkeypatch):
+    monkeypatch.setattr(bodies, "_TURNED", ())
+    poses = embedded_poses(400, seed=15)
+    bent = bodies.bend(np.random.default_rng(16), poses, 40.0)
+    for upper, hinge, end in ((1, 2, 3), (4, 5, 6), (11, 12, 13), (14, 15, 16)):
+        normals, angles = [], []
+        for of in (poses, bent):
+            inner, outer = of[:, hinge] - of[:, upper], of[:, end] - of[:, hinge]
+            normal = np.cross(inner, outer)
+            angles.append(np.arctan2(np.linalg.norm(normal, axis=-1), (inner * outer).sum(-1)))
+            normals.append(normal / np.linalg.norm(normal, axis=-1, keepdims=True))
+        assert np.degrees(angles[1]).max() < 150 + 1e-6
+        assert np.degrees(np.std(angles[1] - angles[0])) > 20
+        sure = (angles[0] > 0.05) & (angles[1] > 0.05)
+        np.testing.assert_allclose(normals[1][sure], normals[0][sure], atol=1e-3)

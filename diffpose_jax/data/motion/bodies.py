@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial.transform import Rotation
 
 from diffpose_jax.config import check_range
 from diffpose_jax.skeleton import (
@@ -45,6 +46,14 @@ STATURE_PARENTS = [H36M_PARENTS[joint] for joint in STATURE_JOINTS]
 # What is exchanged, the joint that it hangs on, and the right and left joint that tell where it
 # faces: the upper body (hip; hips), the arms (thorax; shoulders).
 _PARTS = ((slice(7, None), 0, 1, 4), (slice(11, None), 8, 14, 11))
+# What `bend` turns about which joint, and how far relative to legs and arms.
+_TURNED = (
+    (slice(7, None), 0, 0.5), (slice(9, 11), 8, 0.5),
+    (slice(2, 4), 1, 1.0), (slice(5, 7), 4, 1.0),
+    (slice(12, 14), 11, 1.0), (slice(15, 17), 14, 1.0),
+)  # fmt: skip
+_HINGES = ((1, 2, 3), (4, 5, 6), (11, 12, 13), (14, 15, 16))
+_MOST_BENT = np.radians(150)
 # The ankle stands about 5 % of the stature above the floor.
 _STATURE_FACTOR = 1.05
 
@@ -58,9 +67,11 @@ class BodyConfig:
     height_mm_max: float = 1950.0
     mirror: float = 0.5  # chance
     exchange: float = 0.7  # chance that a training pose gets another's upper body, then its arms
+    bend_std_degrees: float = 0.0  # of the turns of a training pose's joints, see `bend`
 
     def __post_init__(self) -> None:
         check_range(self, bone_std=(0, 1), mirror=(0, 1), exchange=(0, 1))
+        check_range(self, bend_std_degrees=(0, 90))
         check_range(self, height_mm_min=(100, self.height_mm_max))
 
 
@@ -111,6 +122,36 @@ def exchange_parts(
         chosen = np.flatnonzero(rng.random(len(positions_mm)) < chance)
         positions_mm[chosen, joints] = part[chosen]
     return positions_mm
+
+
+def bend(
+    rng: np.random.Generator, positions_mm: Float[np.ndarray, "B 17 3"], std_degrees: float
+) -> Float[np.ndarray, "B 17 3"]:
+    """Turns the joints of poses by random angles, within what bodies can do.
+
+    Legs and arms turn as a whole about hip and shoulder, and the upper body and the head about hip
+    and thorax, these two by half as much. Knees and elbows bend or stretch in their own plane: not
+    beyond straight, and not so far that shank or forearm would be in the thigh or upper arm. The
+    lowest joint keeps its height.
+    """
+    bent, batch = positions_mm.astype(np.float64), len(positions_mm)
+    std = np.radians(std_degrees)
+    for joints, root, share in _TURNED:
+        turn = Rotation.from_rotvec(share * std * rng.standard_normal((batch, 3))).as_matrix()
+        arms = bent[:, joints] - bent[:, [root]]
+        bent[:, joints] = arms @ turn.swapaxes(1, 2) + bent[:, [root]]
+    for upper, hinge, end in _HINGES:
+        inner, outer = bent[:, hinge] - bent[:, upper], bent[:, end] - bent[:, hinge]
+        axis = np.cross(inner, outer)
+        norm = np.linalg.norm(axis, axis=1, keepdims=True)
+        angle = np.arctan2(norm[:, 0], np.sum(inner * outer, axis=1))
+        wanted = np.clip(angle + std * rng.standard_normal(batch), 0.0, _MOST_BENT)
+        # A straight joint has no plane, and beyond `_MOST_BENT` it is only left as it is.
+        can = (norm[:, 0] > 1e-3 * np.linalg.norm(inner, axis=1)) & (angle < _MOST_BENT)
+        turns = np.where(can, wanted - angle, 0.0)[:, None] * axis / np.maximum(norm, 1e-9)
+        bent[:, end] = bent[:, hinge] + Rotation.from_rotvec(turns).apply(outer)
+    bent[..., 2] += (positions_mm[..., 2].min(1) - bent[..., 2].min(1))[:, None]
+    return bent
 
 
 def _heading(positions_mm: np.ndarray, right: int, left: int) -> Float[np.ndarray, " B"]:

@@ -25,7 +25,7 @@ from diffpose_jax.config import check_range, parse
 from diffpose_jax.data import cameras, prepared, simulator
 from diffpose_jax.data.cameras import CameraConfig
 from diffpose_jax.data.motion import clips
-from diffpose_jax.data.motion.bodies import BodyConfig, exchange_parts, vary_bodies
+from diffpose_jax.data.motion.bodies import BodyConfig, bend, exchange_parts, vary_bodies
 from diffpose_jax.data.prepared.builder import StoredHeatmaps
 from diffpose_jax.data.simulator import SimulatorConfig
 from diffpose_jax.detectors import crops
@@ -173,6 +173,8 @@ class Motion(tfds.core.GeneratorBasedBuilder):
                 if is_training:
                     chance = config.body.exchange
                     positions_mm = exchange_parts(rng, positions_mm, all_positions_mm, chance)
+                    if config.body.bend_std_degrees:
+                        positions_mm = bend(rng, positions_mm, config.body.bend_std_degrees)
                 columns = make_examples(rng, positions_mm, config)
                 for row in range(len(positions_mm)):
                     frame = row * stride
