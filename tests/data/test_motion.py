@@ -244,7 +244,8 @@ def test_knees_and_elbows_bend_in_their_plane_and_not_backwards(monkeypatch):
             inner, outer = of[:, hinge] - of[:, upper], of[:, end] - of[:, hinge]
             normal = np.cross(inner, outer)
             angles.append(np.arctan2(np.linalg.norm(normal, axis=-1), (inner * outer).sum(-1)))
-            normals.append(normal / np.linalg.norm(normal, axis=-1, keepdims=True))
+            norm = np.linalg.norm(normal, axis=-1, keepdims=True)
+            normals.append(normal / np.maximum(norm, 1e-9))
         assert np.degrees(angles[1]).max() < 150 + 1e-6
         assert np.degrees(np.std(angles[1] - angles[0])) > 20
         sure = (angles[0] > 0.05) & (angles[1] > 0.05)
