@@ -3,11 +3,12 @@
     python -m experiments.convert --torch model-final.pt --output DIR [--weights raw|ema]
     python -m experiments.convert --torch pose_hrnet_w32_256x256.pth --output DIR
     python -m experiments.convert --efficientpose download --output DIR
+    python -m experiments.convert --movenet download --output DIR
     python -m experiments.convert --checkpoint runs/h36m --to_torch model.pt
 
 A DiffPose checkpoint becomes an export that `diffpose_jax.load` reads, HRNet-W32 a detector that
 `experiments.predict` and `experiments.prepare` take; the tensors' names tell which it is.
-EfficientPose is a detector that anyone can have: it comes with an npm package.
+EfficientPose and MoveNet are detectors that anyone can have: they come with an npm package.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import ml_collections
@@ -26,7 +28,7 @@ from configs import h36m_released
 from diffpose_jax import config as config_lib
 from diffpose_jax import detectors, inference
 from diffpose_jax.config import Config
-from diffpose_jax.detectors import efficientpose, hrnet
+from diffpose_jax.detectors import efficientpose, hrnet, movenet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io import trees
@@ -43,6 +45,7 @@ CONFIG = config_flags.DEFINE_config_file(
 EFFICIENTPOSE = flags.DEFINE_string(
     "efficientpose", None, "efficientpose.json of the npm package, or `download` to get it by npm."
 )
+MOVENET = flags.DEFINE_string("movenet", None, "The same of movenet-thunder.json.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run or export to write as a PyTorch file.")
 TO_TORCH = flags.DEFINE_string("to_torch", None, "PyTorch file to write.")
 
@@ -83,8 +86,14 @@ def _released_config() -> ml_collections.ConfigDict:
     return config
 
 
-def convert_efficientpose(source: str, output: Path) -> None:
-    """Converts EfficientPose from the package's file, or from the package, downloaded now.
+def convert_graph(module: ModuleType, network: str, source: str, output: Path) -> None:
+    """Converts a detector from the package's file, or from the package, downloaded now.
+
+    Args:
+      module: the detector's.
+      network: its name for `detectors.save`.
+      source: the JSON file, or "download".
+      output: to be made.
 
     Raises:
       CheckpointError: if the output is there already.
@@ -93,11 +102,11 @@ def convert_efficientpose(source: str, output: Path) -> None:
     trees.check_new(output)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = efficientpose.download(folder) if source == "download" else Path(source)
-            params = efficientpose.convert(path)
+            path = module.download(folder) if source == "download" else Path(source)
+            params = module.convert(path)
         except (OSError, RuntimeError, ValueError) as error:
             raise WeightsError(str(error)) from error
-    detectors.save(output, "efficientpose_ii_lite", params)
+    detectors.save(output, network, params)
 
 
 def main(_: list[str]) -> None:
@@ -112,8 +121,12 @@ def main(_: list[str]) -> None:
             print(f"dropped, as nothing reads them: {', '.join(unused)}")
         print(f"{OUTPUT.value}: {what}")
     elif EFFICIENTPOSE.value and OUTPUT.value:
-        convert_efficientpose(EFFICIENTPOSE.value, Path(OUTPUT.value))
+        source, output = EFFICIENTPOSE.value, Path(OUTPUT.value)
+        convert_graph(efficientpose, "efficientpose_ii_lite", source, output)
         print(f"{OUTPUT.value}: the detector EfficientPose II Lite")
+    elif MOVENET.value and OUTPUT.value:
+        convert_graph(movenet, "movenet_thunder", MOVENET.value, Path(OUTPUT.value))
+        print(f"{OUTPUT.value}: the detector MoveNet SinglePose Thunder")
     elif CHECKPOINT.value and TO_TORCH.value:
         trained = inference.load(CHECKPOINT.value)
         torch_weights.write_file(TO_TORCH.value, trained.params, trained.network.schedule)

@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax import Array
 from jaxtyping import Float
 
-from diffpose_jax.detectors import efficientpose, hrnet
+from diffpose_jax.detectors import efficientpose, hrnet, movenet
 from diffpose_jax.io import files, trees
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
@@ -31,6 +31,7 @@ FORMAT = "diffpose_jax detector 1"
 _NETWORKS = {  # with the usual side of the crops
     "hrnet_w32": (hrnet.HRNet, hrnet.INPUT_PX),
     "efficientpose_ii_lite": (efficientpose.EfficientPose, efficientpose.INPUT_PX),
+    "movenet_thunder": (movenet.MoveNet, movenet.INPUT_PX),
 }
 _METADATA, _WEIGHTS = "detector.json", "weights"
 
@@ -83,7 +84,12 @@ def _detect(network: nn.Module, params: Any, crops: Array) -> Array:
 
 
 def save(folder: str | Path, network: str, params: Mapping[str, Any]) -> None:
-    """Writes the parameters of "hrnet_w32" or "efficientpose_ii_lite" as a new folder to `load`.
+    """Writes the parameters of a network as a new folder to `load`.
+
+    Args:
+      folder: to be made.
+      network: "hrnet_w32", "efficientpose_ii_lite" or "movenet_thunder".
+      params: its parameters.
 
     Raises:
       CheckpointError: if the folder is there already.
@@ -101,7 +107,7 @@ def load(folder: str | Path, input_px: int | None = None, dtype: str = "float32"
     Args:
       folder: what `save` wrote.
       input_px: side of the crops that it shall read; by default 256 for HRNet, as it was published
-        (the published DiffPose program has 255), and 276 for EfficientPose.
+        (the published DiffPose program has 255), 276 for EfficientPose, and 256 for MoveNet.
       dtype: of the network's products, "float32" or "bfloat16".
 
     Raises:

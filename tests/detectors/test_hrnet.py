@@ -14,7 +14,7 @@ from paths import GOLDEN
 from seeded_weights import seeded_weights
 
 from diffpose_jax import detectors
-from diffpose_jax.detectors import efficientpose, hrnet
+from diffpose_jax.detectors import efficientpose, hrnet, movenet
 from diffpose_jax.io.trees import CheckpointError
 
 SPEC = GOLDEN / "hrnet_w32_state_dict.json"
@@ -78,7 +78,11 @@ def test_255_pixels_are_256_with_a_padding_of_the_mean_colour(params):
 
 @pytest.mark.parametrize(
     ("network", "side", "number"),
-    [(hrnet.HRNet, 256, 293), (efficientpose.EfficientPose, 276, 55)],
+    [
+        (hrnet.HRNet, 256, 293),
+        (efficientpose.EfficientPose, 276, 55),
+        (movenet.MoveNet, 256, 44),
+    ],
 )
 def test_bfloat16_is_for_the_convolutions(network, side, number):
     network = network(dtype=jnp.bfloat16)

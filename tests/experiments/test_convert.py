@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import chex
+import graph_models
 import numpy as np
 import programs
 import pytest
@@ -19,14 +20,15 @@ from test_harmful_files import MakesFolder, in_little_memory
 import diffpose_jax
 from configs import h36m_released
 from diffpose_jax import detectors, inference
-from diffpose_jax.detectors import hrnet
+from diffpose_jax.detectors import hrnet, movenet
 from diffpose_jax.interop import torch_weights
 from diffpose_jax.interop.torch_weights import WeightsError
 from diffpose_jax.io.trees import CheckpointError
 from diffpose_jax.method import diffusion
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: it is in the extra torch")
-convert = programs.load("convert").convert
+program = programs.load("convert")
+convert = program.convert
 
 SPEC = GOLDEN / "diffpose_state_dict.json"
 NORMS = [f"denoise_fn.res_pose{block}.bn{layer}" for block in (1, 2) for layer in (1, 2)]
@@ -256,3 +258,25 @@ def test_hrnet_becomes_a_detector(tmp_path, is_nested):
     what, unused = convert(path, output, "raw", parsed(distinct_config()))
     assert (what, unused) == ("the detector HRNet-W32", [])
     chex.assert_trees_all_equal(detectors.load(output).params, hrnet.from_torch(arrays))
+
+
+def test_movenet_becomes_a_detector(tmp_path, monkeypatch):
+    tensors = graph_models.tensors_of("movenet_thunder_shapes.json")
+    path, output = tmp_path / "movenet-thunder.json", tmp_path / "thunder"
+
+    def convert_movenet():
+        program.convert_graph(movenet, "movenet_thunder", str(path), output)
+
+    with pytest.raises(WeightsError, match=r"No such file.*movenet-thunder\.json"):
+        convert_movenet()
+    contents = graph_models.publish(movenet, tensors, monkeypatch)
+    path.write_bytes(contents[path.name])
+    path.with_suffix(".bin").write_bytes(b"others")
+    with pytest.raises(WeightsError, match=r"thunder\.bin is not the .*, --movenet download gets"):
+        convert_movenet()
+    assert not output.exists()
+    path.with_suffix(".bin").write_bytes(contents["movenet-thunder.bin"])
+    convert_movenet()
+    chex.assert_trees_all_equal(detectors.load(output).params, movenet.from_tensors(tensors))
+    with pytest.raises(CheckpointError, match="there already"):
+        convert_movenet()

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from people import GREY, ColourDetector, person, picture
+from people import COLOURS, GREY, ColourDetector, person, picture
 
 from diffpose_jax.prediction.finder import Box, PredictionError, detect
+from diffpose_jax.skeleton import MPII_JOINTS
 
 
 def assert_found(found, xy, corners=None, atol=None):
@@ -77,6 +78,25 @@ def test_joints_in_one_place_are_nobody():
 
     with pytest.raises(PredictionError, match="too close together"):
         detect(Point(), np.full((200, 300, 3), GREY, np.uint8))
+
+
+def test_a_head_without_a_map_is_in_the_crop_all_the_same():
+    """It is put half a trunk above the shoulders, here where it is."""
+    places = {"RHip": (110, 180), "LHip": (150, 180), "Head": (130, 60), "Thorax": (130, 90)}
+    places |= {"RShoulder": (110, 100), "LShoulder": (150, 100)}
+    others = iter((60 + 15 * i, 260 - 10 * (i % 2)) for i in range(10))
+    xy = np.array([places.get(name) or next(others) for name in MPII_JOINTS])
+
+    class Headless(ColourDetector):
+        def heatmap(self, crop, colour):
+            known = not np.array_equal(colour, COLOURS[MPII_JOINTS.index("Head")])
+            return known * super().heatmap(crop, colour)
+
+    image = picture(320, 300, xy, size=9)
+    whole, found = (detect(detector(), image) for detector in (ColourDetector, Headless))
+    assert (whole.is_found.sum(), found.is_found.sum()) == (16, 15)
+    np.testing.assert_allclose(found.crop.corner_px, whole.crop.corner_px, atol=3)
+    np.testing.assert_allclose(found.crop.side_px, whole.crop.side_px, atol=3)
 
 
 @pytest.mark.parametrize(

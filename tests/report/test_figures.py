@@ -3,7 +3,7 @@ import itertools
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
@@ -125,6 +125,19 @@ def test_example_puts_candidates_and_argmax_on_their_cells(example):
     assert sorted(largest.tolist()) == sorted(best.tolist())
     for joint, (x, y) in enumerate(argmax.get_offsets()):
         assert FRAME["heatmaps"][joint, int(y), int(x)] == 0.9
+
+
+def test_example_leaves_out_joints_with_flat_maps():
+    heatmaps = np.array(FRAME["heatmaps"])
+    heatmaps[[7, 8, 9]] = 0.0
+    axes = figures.plot_example(**FRAME | {"heatmaps": heatmaps}).axes[0]
+    drawn, argmax = scatters(axes)
+    all_drawn, all_argmax = scatters(figures.plot_example(**FRAME).axes[0])
+    known = np.delete(np.arange(16), [7, 8, 9])
+    np.testing.assert_array_equal(argmax.get_offsets(), all_argmax.get_offsets()[known])
+    assert len(drawn.get_offsets()) == len(all_drawn.get_offsets()) * 13 // 16
+    (bones,) = (c for c in axes.collections if isinstance(c, LineCollection))
+    assert len(bones.get_segments()) == 10  # of 15: a leg has three, an arm two
 
 
 def test_pose_panels_are_front_and_side_at_one_scale(example):
