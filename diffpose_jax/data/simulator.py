@@ -48,6 +48,7 @@ _BASE_ERROR = np.array(
 
 _ARMS = np.array([name[1:] in ("Wrist", "Elbow", "Shoulder") for name in MPII_JOINTS])
 _LEGS = np.array([name[1:] in ("Ankle", "Knee", "Hip") for name in MPII_JOINTS])
+_NOT_IN_COCO = [MPII_JOINTS.index(name) for name in ("Spine", "Thorax", "Head")]
 
 # Two neighbours along the skeleton; a joint at an end has one, twice.
 _ADJACENT = [
@@ -96,10 +97,11 @@ class SimulatorConfig:
     clutter_hidden: float = 0.06
     second_amplitude: float = 0.35  # mean height of these two modes relative to `amplitude`
     background: float = 0.003  # standard deviation of the amplitudes of the background blobs
+    without_trunk: float = 0.0  # chance of no maps of Spine, Thorax and Head, which COCO lacks
 
     def __post_init__(self) -> None:
         chances = ["hidden_unsure", "missed", "missed_hidden", "confusion", "confusion_behind"]
-        chances += ["confusion_together", "neighbour", "neighbour_hidden"]
+        chances += ["confusion_together", "without_trunk", "neighbour", "neighbour_hidden"]
         chances += ["clutter", "clutter_hidden"]
         check_range(self, **dict.fromkeys(chances, (0, 1)), error_tail=(0.1, 1e9), sigma=(0.1, 64))
 
@@ -237,7 +239,11 @@ def simulate(
         height = config.background * rng.standard_normal(shape)
         centre = rng.uniform(0.0, HEATMAP_SIZE, (B, J, 2))
         blobs.append(_blob(height, centre, rng.uniform(4.0, 14.0, (B, J, 2))))
-    return Detections(np.stack(blobs, axis=2).astype(np.float32), hidden)
+    stacked = np.stack(blobs, axis=2).astype(np.float32)
+    if config.without_trunk:
+        without = rng.random(B) < config.without_trunk
+        stacked[np.ix_(without, _NOT_IN_COCO, range(NUM_BLOBS), [0])] = 0.0
+    return Detections(stacked, hidden)
 
 
 def _blob(amplitude: np.ndarray, centre: np.ndarray, sigma: np.ndarray) -> np.ndarray:

@@ -177,3 +177,14 @@ def test_every_failure_has_its_parameter(field):
         for config in (EXACT, dataclasses.replace(EXACT, **more))
     )
     assert (np.abs(changed - base).max((2, 3)) > 0.02).mean() > 0.1
+
+
+def test_maps_that_coco_lacks_are_flat_together():
+    points = person().repeat(200, 0)
+    config = dataclasses.replace(EXACT, without_trunk=0.4)
+    blobs = detect(3, points, config).blobs
+    flat = (simulator.render(blobs) == 0).all(axis=(2, 3))
+    names = np.array(MPII_JOINTS)
+    assert set(names[flat.any(0)]) == {"Spine", "Thorax", "Head"}
+    assert 0.3 < flat.any(1).mean() < 0.5
+    assert (flat.sum(1) % 3 == 0).all()
