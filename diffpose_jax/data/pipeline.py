@@ -107,7 +107,7 @@ def as_recorded(config: DataConfig) -> DataConfig:
     """The same recordings without the poses that a training makes up of them, seen less often."""
     if config.name != "motion":
         return config
-    body = {**config.builder.get("body", {}), "exchange": 0.0}
+    body = {**config.builder.get("body", {}), "exchange": 0.0, "bend_std_degrees": 0.0}
     views = min(int(config.builder.get("train_views_per_frame", 4)), 4)
     builder = {**config.builder, "body": body, "train_views_per_frame": views}
     return dataclasses.replace(config, builder=builder)
