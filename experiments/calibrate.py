@@ -40,7 +40,7 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
 
 def main(_: list[str]) -> None:
     """Fits one or the other."""
-    if None in (WHAT.value, SOURCE.value, DETECTOR.value, OUTPUT.value):
+    if not (WHAT.value and SOURCE.value and DETECTOR.value and OUTPUT.value):
         raise app.UsageError("--what, --source, --detector and --output are needed")
     if (WHAT.value == "radius") != (CHECKPOINT.value is not None):
         raise app.UsageError("--checkpoint is needed for --what radius, and only for it")
@@ -71,7 +71,7 @@ def _radius(people: LabelledPeople, found: Labelled, output: Path) -> None:
         poses_mm = people.poses_mm(model.config.data.axes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    known = people.is_valid.any(axis=0)
+    known = np.asarray(people.is_valid.any(axis=0))
     examples = Examples(
         pose_mm=poses_mm.astype(np.float32),
         clips=people.moments,
@@ -82,8 +82,9 @@ def _radius(people: LabelledPeople, found: Labelled, output: Path) -> None:
         raise ConfigError(f"{people.path}: in no picture all joints are valid that are in some")
     fitted = fitting.fit_calibration(jax.random.key(0), model, examples, settings)
     # A joint that is labelled nowhere gets what the others have.
-    others = np.median(fitted.factor[1:][known[1:]])
-    fitted = fitted.replace(factor=np.where(known, fitted.factor, others).astype(np.float32))
+    others = np.median(np.asarray(fitted.factor)[1:][known[1:]])
+    factor = np.where(known, fitted.factor, others).astype(np.float32)
+    fitted = dataclasses.replace(fitted, factor=factor)
     inference.export(model, output)
     fitted_on = {
         "source": people.path.name,

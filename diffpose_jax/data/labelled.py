@@ -128,8 +128,8 @@ def _parsed(path: Path, content: dict[str, np.ndarray]) -> LabelledPeople:
     data = content["jpeg"].tobytes()
     jpegs = [data[first:last] for first, last in itertools.pairwise(offset)]
     scale = float(content.get("scale", np.float64(1.0)))
-    pixels = (np.float64(content["pose_pixels"]) + 0.5) * scale - 0.5
-    points_mm = np.float64(content["pose_camera_mm"])
+    pixels = (content["pose_pixels"].astype(np.float64) + 0.5) * scale - 0.5
+    points_mm = content["pose_camera_mm"].astype(np.float64)
     if not (np.isfinite(pixels).all() and np.isfinite(points_mm).all()):
         raise ValueError("poses hold numbers that are not finite")
     people = LabelledPeople(
@@ -144,7 +144,7 @@ def _parsed(path: Path, content: dict[str, np.ndarray]) -> LabelledPeople:
     )
     if not {"camera_K", "camera_index"} <= set(content):
         return people
-    matrices = np.float64(content["camera_K"])[content["camera_index"]]
+    matrices = content["camera_K"].astype(np.float64)[content["camera_index"]]
     squares = people.crops
     middle_px = squares.corner_px + squares.side_px[:, None] / 2
     middle_px = (middle_px + 0.5) / scale - 0.5

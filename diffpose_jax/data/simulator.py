@@ -241,8 +241,8 @@ def simulate(
         blobs.append(_blob(height, centre, rng.uniform(4.0, 14.0, (B, J, 2))))
     stacked = np.stack(blobs, axis=2).astype(np.float32)
     if config.without_trunk:
-        without = rng.random(B) < config.without_trunk
-        stacked[np.ix_(without, _NOT_IN_COCO, range(NUM_BLOBS), [0])] = 0.0
+        without = np.flatnonzero(rng.random(B) < config.without_trunk)
+        stacked[without[:, None], _NOT_IN_COCO, :, 0] = 0.0
     return Detections(stacked, hidden)
 
 

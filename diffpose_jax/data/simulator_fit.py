@@ -7,7 +7,7 @@ the simulator's parameters are moved until they agree.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -208,5 +208,5 @@ def _spread_of_images(values: np.ndarray) -> float:
     return float(means.std()) if means.size else float("nan")
 
 
-def _share(is_so: np.ndarray) -> float:
-    return float(np.mean(is_so)) if is_so.size else float("nan")
+def _share(is_so: Any) -> float:
+    return float(np.mean(is_so)) if np.size(is_so) else float("nan")

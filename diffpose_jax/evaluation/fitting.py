@@ -121,12 +121,12 @@ def prediction_errors(
     errors_key, noise_key = jax.random.split(key)
     if found is None:
         mean, deviation = moments(examples.pose_mm, model.network.pose_scale)
-        products = measure_errors(errors_key, model, held_out)
-        found = PredictionErrors(mean, deviation**2, *products)
+        error, cross, residual = measure_errors(errors_key, model, held_out)
+        found = PredictionErrors(mean, deviation**2, error, cross, residual)
     if "+" in solver:
         model = dataclasses.replace(model, errors=found)
         factor = fit_noise(noise_key, model, held_out, solver)
-        found = found.replace(noise={**found.noise, solver: factor})
+        found = dataclasses.replace(found, noise={**found.noise, solver: factor})
     checkpoints.write_errors(folder, found, model.params)
     return found
 
@@ -149,7 +149,7 @@ def fit_noise(
     rows, size, scores = _evenly_spread(held_out, max_frames), 64, []
     exponents = np.arange(-3.0, 2.0)
     for factor in 2.0**exponents:
-        errors = model.errors and model.errors.replace(noise={solver: float(factor)})
+        errors = model.errors and dataclasses.replace(model.errors, noise={solver: float(factor)})
         steps = sampling.parse_solver(model.network.schedule, solver, errors)
         total = 0.0
         for i, chosen in enumerate(_batches(rows, size, f"noise times {factor:g}")):

@@ -95,8 +95,8 @@ class Prediction:
         return dataclasses.replace(
             self,
             axes="camera",
-            draw=self.draw.replace(poses_mm=self.draw.poses_mm @ np.float32(turn.T)),
-            covariance_mm2=np.float32(turn @ self.covariance_mm2 @ turn.T),
+            draw=dataclasses.replace(self.draw, poses_mm=self.draw.poses_mm @ np.float32(turn.T)),
+            covariance_mm2=(turn @ self.covariance_mm2 @ turn.T).astype(np.float32),
             chosen=dataclasses.replace(
                 self.chosen, pose_mm=self.chosen.pose_mm @ np.float32(turn.T)
             ),
@@ -109,7 +109,7 @@ class Prediction:
         scale = np.float32(height_mm / bodies.stature(bones_mm[None])[0])
         return dataclasses.replace(
             self,
-            draw=self.draw.replace(poses_mm=self.draw.poses_mm * scale),
+            draw=dataclasses.replace(self.draw, poses_mm=self.draw.poses_mm * scale),
             covariance_mm2=self.covariance_mm2 * scale**2,
             chosen=dataclasses.replace(
                 self.chosen, pose_mm=pose_mm * scale, radius_mm=self.chosen.radius_mm * scale

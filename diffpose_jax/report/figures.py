@@ -331,8 +331,8 @@ def plot_detector(real: Measured, simulated: Measured) -> Figure:
     first = figure.axes[0]
     first.set_ylabel("share of the joints")
     figure.legend(handles=first.get_lines(), loc="outside lower left", ncols=4, handlelength=3)
-    shares = [np.mean(m.exchanged > 0.5, axis=0) for m in (real, simulated)]
-    (arms, legs), (their_arms, their_legs) = shares
+    arms, legs = np.mean(real.exchanged > 0.5, axis=0)
+    their_arms, their_legs = np.mean(simulated.exchanged > 0.5, axis=0)
     figure.suptitle(
         f"Left and right exchanged: arms {arms:.1%} (simulated {their_arms:.1%}), legs {legs:.1%}"
         f" ({their_legs:.1%})",
