@@ -57,9 +57,9 @@ def training_split(config: Config, data_dir: str | Path | None) -> TrainingSplit
     def read() -> tuple[Examples, Examples | None]:
         examples = pipeline.load(config.data, "train", data_dir)
         train, held_out = pipeline.hold_out(examples, config.data.calibration_share)
-        if held_out is not None:
-            names, plain = held_out.clips, pipeline.as_recorded(config.data)
-            held_out = pipeline.load(plain, "train", data_dir)
+        plain = pipeline.as_recorded(config.data)
+        if held_out is not None and plain != config.data:
+            names, held_out = held_out.clips, pipeline.load(plain, "train", data_dir)
             held_out = held_out.select(np.flatnonzero(np.isin(held_out.clips, names)))
         return train, held_out
 

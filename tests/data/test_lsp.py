@@ -50,7 +50,8 @@ def test_from_the_program_to_heatmaps(tmp_path, monkeypatch, capsys):
     program = programs.load("prepare")
     fields = ml_collections.ConfigDict({"max_dropped_mass": None})
     flags = {"DATASET": "lsp", "SOURCE": str(tmp_path / "copy"), "DATA_DIR": str(tmp_path)}
-    for name, value in (flags | {"DETECTOR": "grey", "DTYPE": "float32"}).items():
+    flags |= {"DETECTOR": "grey", "DTYPE": "float32", "CLEAN": None, "CLIPS": None}
+    for name, value in flags.items():
         monkeypatch.setattr(program, name, types.SimpleNamespace(value=value))
     monkeypatch.setitem(program.FIELDS, "lsp", types.SimpleNamespace(value=fields))
     monkeypatch.setattr(program.detectors, "load", lambda *_: GreyDetector())

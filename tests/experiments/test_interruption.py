@@ -173,7 +173,7 @@ def state_of(folder, source):
 
 def prepared_by(folder, source):
     builder = motion.prepare(config_of(source).data.builder, folder / "data")
-    assert test_prepared.beside(builder) == ["1.0.0"]
+    assert test_prepared.beside(builder) == [str(builder.info.version)]
     return [motion.read_all(builder, split) for split in ("train", "test")]
 
 
@@ -273,7 +273,7 @@ def test_preparation_of_motion_killed_at_any_moment(template, tmp_path):
         assert len({prepared.fingerprint(folder.data_dir) for folder in folders}) == 1
         for split in ("train", "test"):
             assert_same(*(motion.read_all(folder, split) for folder in folders))
-        assert test_prepared.beside(folders[1]) == ["1.0.0"]
+        assert test_prepared.beside(folders[1]) == [str(folders[1].info.version)]
 
     codes = at_random_moments(
         template, "prepare_motion", tmp_path, source, signal.SIGKILL, times=20, seed=3, check=check
