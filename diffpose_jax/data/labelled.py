@@ -145,8 +145,6 @@ def _parsed(path: Path, content: dict[str, np.ndarray]) -> LabelledPeople:
     if not {"camera_K", "camera_index"} <= set(content):
         return people
     matrices = content["camera_K"].astype(np.float64)[content["camera_index"]]
-    squares = people.crops
-    middle_px = squares.corner_px + squares.side_px[:, None] / 2
-    middle_px = (middle_px + 0.5) / scale - 0.5
+    middle_px = (people.crops.middle_px + 0.5) / scale - 0.5
     rays = cameras.rays(middle_px, matrices[:, 0, 0], matrices[:, :2, 2])
     return dataclasses.replace(people, rays=rays)

@@ -25,6 +25,11 @@ class Crop(NamedTuple):
     corner_px: Real[np.ndarray, "B 2"]
     side_px: Real[np.ndarray, " B"]
 
+    @property
+    def middle_px(self) -> Float[np.ndarray, "B 2"]:
+        """The squares' centres."""
+        return self.corner_px + self.side_px[:, None] / 2
+
 
 def square_crop(keypoints_px: Real[np.ndarray, "B N 2"], scale: float = CROP_SCALE) -> Crop:
     """The crop of the published preprocessing around projected joints.

@@ -146,18 +146,19 @@ def fit_noise(
       solver: the solver.
       max_frames: at most so many frames are taken, evenly spread.
     """
-    rows, size, scores = _evenly_spread(held_out, max_frames), 64, []
-    exponents = np.arange(-3.0, 2.0)
+    rows, size, exponents = _evenly_spread(held_out, max_frames), 64, np.arange(-3.0, 2.0)
+    solvers = []
     for factor in 2.0**exponents:
         errors = model.errors and dataclasses.replace(model.errors, noise={solver: float(factor)})
-        steps = sampling.parse_solver(model.network.schedule, solver, errors)
-        total = 0.0
-        for i, chosen in enumerate(_batches(rows, size, f"noise times {factor:g}")):
-            poses_mm = model.sample(key, held_out.heatmaps(chosen), _HYPOTHESES, steps)
-            truth_mm = jnp.asarray(np.float32(held_out.pose_mm[chosen]))
-            counted = len(rows) - i * size
-            total += float(np.sum(_energy_scores(poses_mm, truth_mm)[:counted]))
-        scores.append(total / len(rows))
+        solvers.append(sampling.parse_solver(model.network.schedule, solver, errors))
+    totals = np.zeros(len(solvers))
+    for i, chosen in enumerate(_batches(rows, size, "fitting the noise")):
+        maps, counted = held_out.heatmaps(chosen), len(rows) - i * size
+        truth_mm = jnp.asarray(np.float32(held_out.pose_mm[chosen]))
+        for j, steps in enumerate(solvers):
+            poses_mm = model.sample(key, maps, _HYPOTHESES, steps)
+            totals[j] += float(np.sum(_energy_scores(poses_mm, truth_mm)[:counted]))
+    scores = totals / len(rows)
     best = int(np.clip(np.argmin(scores), 1, len(scores) - 2))
     before, here, after = scores[best - 1 : best + 2]
     curvature = before - 2 * here + after

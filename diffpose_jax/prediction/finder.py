@@ -148,9 +148,8 @@ def detect(
         raise PredictionError(_nobody(found, box))
     if focal_px is None or found.crop is None:
         return found
-    middle_px = found.crop.corner_px + found.crop.side_px[:, None] / 2
     centre_px = np.array([[image.shape[1] / 2, image.shape[0] / 2]])
-    ray = cameras.rays(middle_px, np.array([focal_px]), centre_px)[0]
+    ray = cameras.rays(found.crop.middle_px, np.array([focal_px]), centre_px)[0]
     return dataclasses.replace(found, ray=ray)
 
 

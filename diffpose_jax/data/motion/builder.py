@@ -198,13 +198,12 @@ def make_examples(
     crop = _disturb(rng, crops.square_crop(pixels), config.crop)
     keypoints = crops.pixels_to_cells(pixels, *crop)
     detections = simulator.simulate(rng, points, keypoints, config.simulator)
-    middle_px = crop.corner_px + crop.side_px[:, None] / 2
     return {
         "heatmaps": detections.blobs,
         "pose_mm": cameras.output_pose(points).astype(np.float32),
         "keypoints_xy": keypoints.astype(np.float32),
         "hidden": detections.hidden,
-        "ray": cameras.rays(middle_px, camera.focal_px, camera.centre_px).astype(np.float32),
+        "ray": cameras.rays(crop.middle_px, camera.focal_px, camera.centre_px).astype(np.float32),
     }
 
 
